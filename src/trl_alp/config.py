@@ -1,0 +1,228 @@
+# Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
+"""`ALPGRPOConfig`: what ALP adds to TRL's `GRPOConfig`, with its checks."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers.utils import logging
+from trl import GRPOConfig
+
+from .perturbation import check_noise_scale, check_sigma
+from .ratio import check_level
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ALPGRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`ALPGRPOTrainer`].
+
+    This class holds only what ALP (Adaptive Layerwise Perturbation, [arXiv
+    2603.19470](https://huggingface.co/papers/2603.19470)) adds to [`~trl.GRPOConfig`]. "Reference code" below is the
+    paper's released code; `METHOD` notes on both are in `docs/method.md`.
+
+    Parameters:
+        > Parameters that control the perturbation
+
+        alp_enabled (`bool`, *optional*, defaults to `True`):
+            Whether to perturb the policy during the update. `False` keeps the single importance ratio without noise:
+            the paper's Bypass baseline.
+        alp_sigma_init (`float`, *optional*, defaults to `0.01`):
+            Initial noise level sigma of every perturbed layer, in units of `alp_noise_scale`. The paper's values (0.02
+            and 1e-6, both absolute) are no common default: 0.02 is a third of the embedding RMS of a small model, and
+            adding 1e-6 to bf16 hidden states changes no bit. 1 % of the RMS means the same in every layer and model.
+        alp_noise_scale (`str`, *optional*, defaults to `"rms"`):
+            `"rms"`: noise `sigma * RMS(h) * delta` with the RMS of each token's hidden state, ours. `"absolute"`:
+            noise `sigma * delta`, the paper (section 3).
+        alp_learn_sigma (`bool`, *optional*, defaults to `True`):
+            Whether sigma is trained together with the policy, one scalar per layer (paper, section 3).
+        alp_sigma_lr (`float`, *optional*, defaults to `5e-4`):
+            Constant learning rate of `log_sigma`, in its own Adam without weight decay (reference code, multi-turn
+            setting; its single-turn setting uses 1e-2).
+        alp_sigma_min (`float`, *optional*, defaults to `1e-6`):
+            Lower bound on sigma. The reference code has none and lets AdamW's weight decay pull sigma towards 1;
+            bounds replace that.
+        alp_sigma_max (`float`, *optional*, defaults to `0.5`):
+            Upper bound on sigma.
+        alp_layers (`list[int]` or `str`, *optional*):
+            Which decoder layers to perturb: `None` for all (the best of the paper's layer ablation), a list of
+            indices, or a string such as `"0-5"`, `"first:6"`, `"last:5"` or `"0,3,7"`.
+
+        > Parameters that control the loss
+
+        alp_ratio_level (`str`, *optional*, defaults to `"token"`):
+            Level of the importance ratio: `"token"`, `"sequence"` (the true product over the sequence, not TRL's
+            geometric mean), `"sequence_geometric"`, `"cumulative_token"`, `"cumulative_token_geometric"` or
+            `"cumulative_turn"`. The paper reports `"token"` and `"sequence"`; the sequence product is the stronger
+            there and the heavier-tailed, so the default is `"token"`.
+        alp_dual_clip (`float`, *optional*, defaults to `10.0`):
+            Upper bound on the ratio where the advantage is negative; must exceed 1. `None` for no bound. A `delta`
+            takes its place. Applies to the loss types that clip (`grpo`, `bnpo`, `dr_grpo`, `dapo`, `luspo`). Source:
+            reference code, single-turn setting (3 in its multi-turn setting).
+
+        > Parameters that control the logging
+
+        alp_monitor_every (`int`, *optional*, defaults to `0`):
+            Every so many optimiser steps, score one micro-batch once more without gradient and without noise, and log
+            the noise-off ratio under `alp/noise_off/`, so that noise and training-inference mismatch can be told
+            apart. `0` turns it off. Costs one forward of that micro-batch.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`]:
+    > - `epsilon`: Defaults to `0.5` instead of `0.2`, and `epsilon_high` to `3.0` instead of `None` (paper,
+    >   single-turn setting): a single ratio carries the training-inference mismatch inside it, and a narrow range
+    >   clips that instead of the update.
+    > - `vllm_importance_sampling_correction`: Defaults to `False` instead of `True`: the ratio already has the
+    >   inference policy in its denominator, and a second factor would correct twice.
+    > - `use_bias_correction_kl`: Defaults to `False` instead of `True`: the paper's KL term is the plain k3, and at
+    >   sequence level the factor reaches e^20.
+    """
+
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Must stay False with vLLM: ALP's single ratio already has the inference policy in its "
+            "denominator, and TRL's correction would apply the mismatch a second time."
+        },
+    )
+    use_bias_correction_kl: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to multiply the KL term by the importance ratio. ALP uses the plain k3 estimator, as the "
+            "paper does; at sequence level the factor reaches e^20."
+        },
+    )
+    epsilon: float = field(
+        default=0.5,
+        metadata={"help": "Lower clip range: the ratio is clipped below at 1 - epsilon (paper: 0.5)."},
+    )
+    epsilon_high: float | None = field(
+        default=3.0,
+        metadata={
+            "help": "Upper clip range: the ratio is clipped above at 1 + epsilon_high (paper: 3.0). A single ratio "
+            "carries the mismatch inside it; TRL's 0.2 would clip that instead of the update."
+        },
+    )
+
+    alp_enabled: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to perturb the policy during the update. False keeps the single importance ratio without "
+            "noise: the Bypass baseline."
+        },
+    )
+    alp_sigma_init: float = field(
+        default=0.01,
+        metadata={"help": "Initial noise level of every perturbed layer, in units of `alp_noise_scale`."},
+    )
+    alp_noise_scale: str = field(
+        default="rms",
+        metadata={
+            "help": "`rms`: noise relative to the RMS of each token's hidden state. `absolute`: the paper's "
+            "sigma * delta.",
+            "choices": ["absolute", "rms"],
+        },
+    )
+    alp_learn_sigma: bool = field(
+        default=True,
+        metadata={"help": "Whether sigma is trained together with the policy, one scalar per layer."},
+    )
+    alp_sigma_lr: float = field(
+        default=5e-4,
+        metadata={"help": "Constant learning rate of log(sigma), in its own Adam without weight decay."},
+    )
+    alp_sigma_min: float = field(default=1e-6, metadata={"help": "Lower bound on sigma."})
+    alp_sigma_max: float = field(default=0.5, metadata={"help": "Upper bound on sigma."})
+    # `list` first: `HfArgumentParser` reads such a field from the command line as the string that follows it.
+    alp_layers: list[int] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Which decoder layers to perturb: all if not set, else for example `0-5`, `first:6`, `last:5` or "
+            "`0,3,7`."
+        },
+    )
+    alp_ratio_level: str = field(
+        default="token",
+        metadata={
+            "help": "Level of the importance ratio: `token`, `sequence` (the true product), `sequence_geometric`, "
+            "`cumulative_token`, `cumulative_token_geometric` or `cumulative_turn`."
+        },
+    )
+    alp_dual_clip: float | None = field(
+        default=10.0,
+        metadata={
+            "help": "Upper bound (above 1) on the ratio where the advantage is negative; not set for no bound. "
+            "`delta` takes its place."
+        },
+    )
+    alp_monitor_every: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many optimiser steps, score one micro-batch once more without noise, and log its ratio "
+            "under `alp/noise_off/`. 0 turns it off."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sigma(self.alp_sigma_init, self.alp_sigma_min, self.alp_sigma_max)
+        check_noise_scale(self.alp_noise_scale)
+        check_level(self.alp_ratio_level)
+        if not (math.isfinite(self.alp_sigma_lr) and self.alp_sigma_lr > 0):
+            raise ValueError(
+                f"alp_sigma_lr={self.alp_sigma_lr} must be finite and positive. To keep sigma fixed, set "
+                "`alp_learn_sigma=False`."
+            )
+        if self.alp_dual_clip is not None and not self.alp_dual_clip > 1:
+            raise ValueError(
+                f"alp_dual_clip={self.alp_dual_clip} must be above 1, or None for no bound on the ratio of tokens "
+                "with negative advantage."
+            )
+        if not isinstance(self.alp_monitor_every, int) or self.alp_monitor_every < 0:
+            raise ValueError(
+                f"alp_monitor_every={self.alp_monitor_every} must be a whole number of optimiser steps, or 0 for off."
+            )
+        if self.alp_ratio_level != "token":
+            for name, value in (
+                ("importance_sampling_level", self.importance_sampling_level == "sequence"),
+                ("loss_type", self.loss_type == "vespo"),
+            ):
+                if value:
+                    raise ValueError(
+                        f"alp_ratio_level={self.alp_ratio_level!r} cannot be combined with "
+                        f"{name}={getattr(self, name)!r}, which aggregates the token ratios over the sequence itself. "
+                        f"Set `alp_ratio_level='token'`, or change `{name}`."
+                    )
+        if self.vllm_importance_sampling_correction:
+            reason = (
+                "vllm_importance_sampling_correction=True: ALP's single ratio already has the inference policy in its "
+                "denominator, so TRL's factor would correct the training-inference mismatch a second time. "
+            )
+            if self.use_vllm:
+                raise ValueError(
+                    reason + "Leave it at ALP's default, False; to use TRL's correction, use `GRPOTrainer`."
+                )
+            logger.info(reason + "It has no effect without `use_vllm=True`.")
+        if self.delta is not None and self.alp_dual_clip is not None:
+            logger.info(f"delta={self.delta} takes the place of alp_dual_clip={self.alp_dual_clip}.")
+        epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if epsilon_high < 1:
+            logger.info(
+                f"epsilon_high={epsilon_high}: a single importance ratio carries the training-inference mismatch and "
+                "the noise inside it, and so narrow a range may clip those instead of the update. The paper uses "
+                "`epsilon=0.5, epsilon_high=3.0`."
+            )
+        truncations = {
+            "top_p": self.top_p < 1,
+            "top_k": self.top_k > 0,
+            "min_p": bool(self.min_p),
+            "repetition_penalty": self.repetition_penalty != 1,
+        }
+        if truncated := [f"{name}={getattr(self, name)}" for name, on in truncations.items() if on]:
+            logger.warning(
+                f"{', '.join(truncated)}: completions are sampled from a truncated or reweighted distribution, so the "
+                "importance ratio against it is biased by the probability mass that was cut off. For an unbiased "
+                "ratio, sample from the full distribution: `top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0`."
+            )

@@ -1,0 +1,397 @@
+# Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
+"""Layerwise perturbation, the first half of ALP (arXiv 2603.19470, section 3).
+
+During the policy update, and only then, the input of every decoder layer `l` becomes
+
+    h_l  <-  h_l + sigma_l * s(h_l) * delta_l,      delta_l ~ N(0, I),      sigma_l = exp(log_sigma_l)
+
+before the layer's norm and residual branch, with one trainable scalar `log_sigma_l` per layer. `s(h) = 1` is the
+paper's absolute scale; `s(h) = RMS(h)`, per token and detached, makes sigma mean the same at every depth and in every
+model.
+
+The noise is replayed, never stored: forward and backward draw the same `delta` from the same seed, so the perturbation
+costs no activation memory and the global random state is never touched. This module knows nothing of TRL.
+"""
+
+import inspect
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+NoiseScale = Literal["absolute", "rms"]
+NOISE_SCALES: tuple[str, ...] = ("absolute", "rms")
+
+# Odd multiplier (2**64 / golden ratio): spreads neighbouring seeds over the whole range, and being odd it maps
+# distinct numbers to distinct numbers, both modulo 2**64 and modulo 2**32.
+_ODD_MULTIPLIER = 0x9E3779B97F4A7C15
+# Rows of the sequence dimension looked at when measuring how much of the noise survives rounding.
+_MEASURED_POSITIONS = 64
+
+
+def noise_seed(run_seed: int, micro_batch: int) -> int:
+    """
+    Seed of one micro-batch's noise, to be passed to [`LayerwisePerturbation.applied`].
+
+    Args:
+        run_seed (`int`):
+            Seed of the run.
+        micro_batch (`int`):
+            Index of the micro-batch over the whole run and all processes: `micro_step * world_size + rank`. One
+            process with two accumulation steps therefore draws the same noise as two processes with one.
+
+    Returns:
+        `int`: A seed in `[0, 2**64)`, different for every micro-batch of the run.
+    """
+    return (run_seed * _ODD_MULTIPLIER + micro_batch) % 2**64
+
+
+def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """
+    Find the decoder layers of a Hugging Face decoder language model.
+
+    Works on the bare model and through wrappers (PEFT, DDP, FSDP, DeepSpeed, `torch.compile`). Of a vision-language
+    model, the layers of the text tower are returned.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, bare or wrapped.
+
+    Returns:
+        `torch.nn.ModuleList`: The decoder layers, in order.
+
+    Raises:
+        `ValueError`: If the model is an encoder-decoder, or if there is not exactly one list of
+            `config.get_text_config().num_hidden_layers` layers below `model.get_decoder()`.
+    """
+    base = next((m for m in model.modules() if hasattr(m, "get_decoder") and hasattr(m, "config")), None)
+    if base is None:
+        raise ValueError(
+            f"No decoder layers found in {type(model).__name__}: looked for a Hugging Face model, that is a module "
+            "with `config` and `get_decoder()`. ALP perturbs the decoder layers of a causal language model; pass one "
+            "that `AutoModelForCausalLM` or `AutoModelForImageTextToText` loads."
+        )
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base).__name__} is an encoder-decoder (`config.is_encoder_decoder=True`). ALP is defined for "
+            "decoder-only language models; use one of those."
+        )
+    num_layers = getattr(base.config.get_text_config(), "num_hidden_layers", None)
+    decoder = base.get_decoder()
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in decoder.named_modules():
+        is_layer_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
+        nested = any(name.startswith(f"{outer}.") for outer in found)
+        # A layer may hold a list of as many experts; the outermost list is the layers'.
+        if is_layer_list and not nested:
+            found[name] = module
+    if len(found) != 1:
+        raise ValueError(
+            f"No unique decoder layers found in {type(base).__name__}: looked below `get_decoder()` "
+            f"({type(decoder).__name__}) for one `ModuleList` of `config.get_text_config().num_hidden_layers` = "
+            f"{num_layers} layers and found {len(found)}: {sorted(found)}. Please report the model's class name."
+        )
+    return next(iter(found.values()))
+
+
+def parse_layers(layers: Sequence[int] | str | None, num_layers: int) -> list[int]:
+    """
+    Turn a choice of layers into sorted layer indices.
+
+    Args:
+        layers (`list[int]` or `str`, *optional*):
+            `None` or `"all"` for all layers, a list of indices, or a string of comma-separated parts, each of them an
+            index (`"7"`), an inclusive range (`"0-5"`), `"first:6"` or `"last:5"`.
+        num_layers (`int`):
+            How many layers the model has.
+
+    Returns:
+        `list[int]`: Layer indices, increasing.
+
+    Raises:
+        `ValueError`: If the choice is empty, cannot be read, names a layer twice or one the model does not have.
+    """
+    has = f"the model has {num_layers} layers (0 to {num_layers - 1})"
+
+    def read(part: str) -> list[int]:
+        head, _, tail = part.partition(":")
+        try:
+            if head in ("first", "last"):
+                count = int(tail)
+                if not 0 < count <= num_layers:
+                    raise ValueError(f"alp_layers={layers!r} asks for {part!r}, but {has}.")
+                return list(range(count)) if head == "first" else list(range(num_layers - count, num_layers))
+            start, dash, end = part.partition("-")
+            return list(range(int(start), int(end) + 1)) if dash else [int(part)]
+        except ValueError as error:
+            if "alp_layers" in str(error):
+                raise
+            raise ValueError(
+                f"alp_layers={layers!r} cannot be read at {part!r}. Use indices and inclusive ranges (`'0-5,7'`), "
+                f"`'first:6'`, `'last:5'`, a list of integers, or None for all layers; {has}."
+            ) from None
+
+    if layers is None or layers == "all":
+        return list(range(num_layers))
+    if isinstance(layers, str):
+        indices = [index for part in layers.split(",") if part.strip() for index in read(part.strip())]
+    else:
+        indices = list(layers)
+        if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
+            raise ValueError(f"alp_layers={layers!r} must hold integers only; {has}.")
+    if not indices:
+        raise ValueError(f"alp_layers={layers!r} chooses no layer; {has}. Use `alp_enabled=False` to turn ALP off.")
+    if outside := [index for index in indices if not 0 <= index < num_layers]:
+        raise ValueError(f"alp_layers={layers!r} names the layers {outside}, but {has}.")
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"alp_layers={layers!r} names a layer more than once; {has}.")
+    return sorted(indices)
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _standard_normal(like: torch.Tensor, seed: int) -> torch.Tensor:
+    """Draw N(0, 1) of `like`'s shape on its device, in fp32 or wider, from a generator of its own."""
+    generator = torch.Generator(device=like.device).manual_seed(seed)
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=_at_least_fp32(like.dtype))
+
+
+class _AddNoise(torch.autograd.Function):
+    """`h + exp(log_sigma) * scale * delta(seed)` that keeps the seed instead of `delta` for its backward.
+
+    With `g` the gradient of the loss at the output: `dL/dh = g` and `dL/dlog_sigma = sum(g * sigma * scale * delta)`.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, log_sigma, scale, seed):
+        # hidden (B, T, H), log_sigma (), scale (B, T, 1) or None
+        noise = _standard_normal(hidden, seed).mul_(log_sigma.exp())
+        if scale is not None:
+            noise.mul_(scale)
+        ctx.save_for_backward(log_sigma, scale)
+        ctx.seed = seed
+        # The sum is formed in fp32 and rounded once, so that as much noise survives as the format of `hidden` can
+        # hold.
+        return noise.add_(hidden).to(hidden.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        log_sigma, scale = ctx.saved_tensors
+        grad_log_sigma = None
+        if ctx.needs_input_grad[1]:
+            product = _standard_normal(grad, ctx.seed).mul_(grad)
+            if scale is not None:
+                product.mul_(scale)
+            grad_log_sigma = (product.sum() * log_sigma.exp()).to(log_sigma.dtype)
+        return grad, grad_log_sigma, None, None
+
+
+class _InputHook:
+    """Forward pre-hook of one decoder layer.
+
+    It refers to its perturbation weakly, so the hook alone keeps nothing alive; a copy or a pickle of the model
+    carries an inert hook, so no copy is ever perturbed.
+    """
+
+    def __init__(self, perturbation: "LayerwisePerturbation | None" = None, position: int = 0, input_name: str = ""):
+        self.perturbation = weakref.ref(perturbation) if perturbation is not None else lambda: None
+        self.position = position
+        self.input_name = input_name
+
+    def __reduce__(self):
+        return (_InputHook, ())
+
+    # Opaque to `torch.compile`: a Python-int seed would recompile at every step, and a generator breaks the graph.
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        perturbation = self.perturbation()
+        if perturbation is None or perturbation.seed is None:
+            return None
+        if args:
+            return (perturbation.perturb(args[0], self.position), *args[1:]), kwargs
+        hidden = kwargs[self.input_name]
+        return args, {**kwargs, self.input_name: perturbation.perturb(hidden, self.position)}
+
+
+class LayerwisePerturbation(nn.Module):
+    """
+    Trainable Gaussian noise on the input of a model's decoder layers (arXiv 2603.19470, section 3).
+
+    It lives beside the model, not in it: nothing is added to `model.named_parameters()` or to its state dict, so
+    weight sync, PEFT, sharding and saving see the plain model. Outside [`~LayerwisePerturbation.applied`] the model
+    computes exactly what it computed before.
+
+    Args:
+        model (`torch.nn.Module`):
+            A Hugging Face decoder language model, bare or wrapped (PEFT, DDP, FSDP, DeepSpeed, `torch.compile`).
+        layers (`list[int]` or `str`, *optional*):
+            Which decoder layers to perturb: `None` for all (the paper's best, its layer ablation), a list of indices,
+            or a string such as `"0-5"`, `"first:6"`, `"last:5"` or `"0,3,7"`.
+        sigma_init (`float`, *optional*, defaults to `0.01`):
+            Initial noise level of every layer: a standard deviation (`"absolute"`) or a fraction of the RMS of the
+            hidden state (`"rms"`).
+        learnable (`bool`, *optional*, defaults to `True`):
+            Whether `log_sigma` gets gradients.
+        noise_scale (`str`, *optional*, defaults to `"absolute"`):
+            `"absolute"`, the paper's `sigma * delta`, or `"rms"`, `sigma * RMS(h) * delta` with the detached RMS of
+            each token.
+        sigma_min (`float`, *optional*, defaults to `1e-6`):
+            Lower bound that [`~LayerwisePerturbation.bound_`] holds sigma to.
+        sigma_max (`float`, *optional*, defaults to `0.5`):
+            Upper bound, likewise.
+
+    Attributes:
+        log_sigma (`torch.nn.Parameter` of shape `(L,)`, fp32):
+            Natural logarithm of sigma, one entry per perturbed layer.
+        layer_indices (`list[int]`):
+            The perturbed layers, in the order of `log_sigma`.
+        num_layers (`int`):
+            How many decoder layers the model has.
+
+    Raises:
+        `ValueError`: If the model has no decoder layers, `layers` does not fit it, `noise_scale` is unknown, or the
+            sigmas are not finite, positive and ordered `sigma_min <= sigma_init <= sigma_max`.
+
+    Example:
+
+    ```python
+    >>> perturbation = LayerwisePerturbation(model, sigma_init=0.01, noise_scale="rms")
+    >>> with perturbation.applied(seed=0):
+    ...     model(input_ids, labels=input_ids).loss.backward()
+    >>> perturbation.log_sigma.grad.shape
+    torch.Size([24])
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int] | str | None = None,
+        sigma_init: float = 0.01,
+        learnable: bool = True,
+        noise_scale: NoiseScale = "absolute",
+        sigma_min: float = 1e-6,
+        sigma_max: float = 0.5,
+    ) -> None:
+        super().__init__()
+        check_sigma(sigma_init, sigma_min, sigma_max)
+        check_noise_scale(noise_scale)
+        decoder_layers = find_decoder_layers(model)
+        self.num_layers = len(decoder_layers)
+        self.layer_indices = parse_layers(layers, self.num_layers)
+        self.noise_scale = noise_scale
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        size = (len(self.layer_indices),)
+        self.log_sigma = nn.Parameter(
+            torch.full(size, math.log(sigma_init), dtype=torch.float32), requires_grad=learnable
+        )
+        # Mean square of the noise (asked, realised) at each layer, over a sample of positions of the latest forward.
+        self.register_buffer("noise_power", torch.zeros(*size, 2), persistent=False)
+        self.hidden_dtype: torch.dtype | None = None  # of the latest perturbed forward
+        self.seed: int | None = None
+        handles = []
+        for position, index in enumerate(self.layer_indices):
+            layer = decoder_layers[index]
+            hook = _InputHook(self, position, next(iter(inspect.signature(layer.forward).parameters)))
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        self.remove = weakref.finalize(self, _remove_hooks, handles)
+        self.remove.atexit = False
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """Noise level of each perturbed layer, detached.  # (L,)"""
+        return self.log_sigma.detach().exp()
+
+    @contextmanager
+    def applied(self, seed: int) -> Iterator[None]:
+        """
+        Perturb every forward of the model inside the context.
+
+        Keep the context open until `backward` has finished: gradient checkpointing may run the layers again there, and
+        must then meet the same noise.
+
+        Args:
+            seed (`int`):
+                Seed of the noise. The same seed gives the same noise for the same input shape and device; no two
+                (seed, layer) pairs share a stream. See [`noise_seed`].
+        """
+        if self.seed is not None:
+            raise RuntimeError("`applied` is already active; leave the outer context first.")
+        self.seed = int(seed)
+        self.noise_power.zero_()
+        try:
+            yield
+        finally:
+            self.seed = None
+
+    def perturb(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
+        """Add the noise of the perturbed layer at `position` to its input.  # (B, T, H) -> (B, T, H)"""
+        # Odd multiples of distinct numbers stay distinct modulo 2**32 too, which is all that torch's CPU generator
+        # keeps of a seed.
+        layer_seed = (self.seed * self.num_layers + self.layer_indices[position]) * _ODD_MULTIPLIER % 2**64
+        log_sigma = self.log_sigma[position].to(hidden.device)
+        scale = None
+        if self.noise_scale == "rms":
+            wide = hidden.detach().to(_at_least_fp32(hidden.dtype))
+            scale = wide.square().mean(dim=-1, keepdim=True).sqrt()  # (B, T, 1)
+        perturbed = _AddNoise.apply(hidden, log_sigma, scale, layer_seed)
+        self._measure(position, hidden.detach(), perturbed.detach(), log_sigma.detach().exp(), scale)
+        return perturbed
+
+    def _measure(self, position, hidden, perturbed, sigma, scale):
+        sample = (..., slice(None, None, max(1, hidden.shape[-2] // _MEASURED_POSITIONS)), slice(None))
+        realised = (perturbed[sample].to(_at_least_fp32(hidden.dtype)) - hidden[sample]).square().mean()
+        asked = sigma.square() if scale is None else sigma.square() * scale[sample].square().mean()
+        self.hidden_dtype = hidden.dtype
+        self.noise_power[position] = torch.stack([asked, realised]).to(self.noise_power)
+
+    def effective_noise(self) -> torch.Tensor:
+        """
+        Fraction of the asked noise that survived rounding at each layer's input, in the latest perturbed forward.
+
+        Realised over asked standard deviation: about 1 where the format of the hidden states resolves the noise, 0
+        where adding it changed no bit. Measured on a sample of positions; NaN before the first perturbed forward.  #
+        (L,)
+        """
+        asked, realised = self.noise_power.unbind(-1)
+        return (realised / asked).sqrt()
+
+    @torch.no_grad()
+    def bound_(self) -> None:
+        """Hold sigma to `[sigma_min, sigma_max]`, in place; to be called after each optimiser step."""
+        self.log_sigma.clamp_(math.log(self.sigma_min), math.log(self.sigma_max))
+
+    def extra_repr(self) -> str:
+        return f"layers={self.layer_indices} of {self.num_layers}, noise_scale={self.noise_scale!r}"
+
+
+def check_sigma(sigma_init: float, sigma_min: float, sigma_max: float) -> None:
+    """Raise a `ValueError` unless `0 < sigma_min <= sigma_init <= sigma_max`, all finite."""
+    for name, value in (("sigma_init", sigma_init), ("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"alp_{name}={value} must be finite and positive. To train without noise, set `alp_enabled=False`."
+            )
+    if not sigma_min <= sigma_init <= sigma_max:
+        raise ValueError(
+            f"alp_sigma_min={sigma_min} <= alp_sigma_init={sigma_init} <= alp_sigma_max={sigma_max} must hold."
+        )
+
+
+def check_noise_scale(noise_scale: str) -> None:
+    """Raise a `ValueError` unless `noise_scale` is known."""
+    if noise_scale not in NOISE_SCALES:
+        raise ValueError(f"alp_noise_scale={noise_scale!r} is unknown. Use one of {list(NOISE_SCALES)}.")
+
+
+def _remove_hooks(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

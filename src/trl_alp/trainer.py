@@ -1,0 +1,514 @@
+# Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
+"""`ALPGRPOTrainer`: where the two halves of ALP meet TRL.
+
+This is the only module that touches TRL's private names; `tests/test_trl_contract.py` asserts each of them.
+"""
+
+import math
+import os
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
+from trl import GRPOTrainer
+
+from .config import ALPGRPOConfig
+from .perturbation import LayerwisePerturbation, noise_seed
+from .ratio import (
+    MAX_LOG_RATIO,
+    kl_estimates,
+    log_probability_gap,
+    ratio_statistics,
+    ratio_units,
+    raw_log_ratio,
+)
+
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "alp_state.pt"
+# Loss types of TRL that clip the ratio; the others (cispo, sapo, vespo) bound it in their own way and have no dual
+# clip.
+_CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+# Below this fraction of surviving noise (realised over asked standard deviation) a layer counts as unperturbed.
+_INERT_NOISE = 0.1
+# With a narrow clip range: share of tokens clipped before any update since their generation that earns a warning.
+_CLIPPED_MISMATCH = 0.1
+
+
+class ALPGRPOTrainer(GRPOTrainer):
+    """
+    Trainer for GRPO with Adaptive Layerwise Perturbation (ALP, [arXiv
+    2603.19470](https://huggingface.co/papers/2603.19470)).
+
+    During the policy update, and only then, Gaussian noise of trainable size enters the input of every decoder layer,
+    and the perturbed policy is the numerator of one importance ratio against the untouched behaviour policy:
+
+        h_l <- h_l + sigma_l * s(h_l) * delta_l,      delta_l ~ N(0, I)                      (`perturbation.py`)
+        rho  = pi_{theta, delta} / pi_behaviour                                              (`ratio.py`)
+        L    = max(-A rho, -A clip(rho, 1 - epsilon, 1 + epsilon_high));    A < 0: L = min(L, -A alp_dual_clip)
+
+    The behaviour log-probs are those the engine reported (vLLM, or the `rollout_func`); with plain generation they are
+    the unperturbed policy's at generation time. With the engine's log-probs at hand no old-policy forward is made.
+
+    What ALP changes in [`~trl.GRPOTrainer`]: the forward of the update (noise), the denominator of the ratio, the
+    upper bound on it for negative advantages, and an optimiser of its own for `log_sigma`. What it does not change:
+    sampling, rewards, advantages, evaluation, the reference policy, the loss code (TRL's runs), and the saved model.
+    The perturbation is at `trainer.perturbation`; its state is saved as `alp_state.pt` in each checkpoint.
+
+    Args:
+        args ([`ALPGRPOConfig`], *optional*):
+            Configuration. `None` builds a default [`ALPGRPOConfig`]; a plain [`~trl.GRPOConfig`] is an error.
+        model, reward_funcs, train_dataset, **kwargs:
+            As in [`~trl.GRPOTrainer`].
+
+    Raises:
+        `ValueError`: If `args` is not an [`ALPGRPOConfig`], the model has no decoder layers, `alp_layers` does not fit
+            it, fp16 is combined with DeepSpeed, or a vLLM server does not return processed log-probs.
+
+    Example:
+
+    ```python
+    >>> from trl_alp import ALPGRPOTrainer
+    >>> trainer = ALPGRPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", reward_funcs=accuracy_reward, train_dataset=dataset)
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "grpo", "alp"]
+    _name = "ALP"
+    _paper = {
+        "title": "Adaptive Layerwise Perturbation: Unifying Off-Policy Corrections for LLM RL",
+        "id": "2603.19470",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{alp2026,
+                title        = {{Adaptive Layerwise Perturbation: Unifying Off-Policy Corrections for LLM RL}},
+                year         = 2026,
+                eprint       = {arXiv:2603.19470},
+            }"""),
+    }
+
+    @wraps(GRPOTrainer.__init__)
+    def __init__(self, model, reward_funcs=None, args=None, *other, **kwargs):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = ALPGRPOConfig(f"{name.rstrip('/').split('/')[-1] or type(model).__name__}-ALP")
+        if not isinstance(args, ALPGRPOConfig):
+            raise ValueError(
+                f"args is a {type(args).__name__}; ALPGRPOTrainer needs an `ALPGRPOConfig`, which adds the `alp_*` "
+                "fields and changes four defaults of `GRPOConfig`. Replace `GRPOConfig(...)` by `ALPGRPOConfig(...)`."
+            )
+        if args.fp16 and args.deepspeed_plugin is not None:
+            raise ValueError(
+                "fp16=True with DeepSpeed is not supported: DeepSpeed steps the policy inside backward with a loss "
+                "scale that sigma's gradient still carries. Set `bf16=True`, or use fp16 without DeepSpeed."
+            )
+        # TRL replaces names of reward models, and appends environments' rewards, in the list it is given.
+        reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs
+        super().__init__(model, reward_funcs, args, *other, **kwargs)
+        self._check_behaviour_policy()
+        if self.rollout_func is not None:
+            self.rollout_func = _checked(self.rollout_func)
+
+        self.perturbation = LayerwisePerturbation(
+            self.model,
+            layers=args.alp_layers,
+            sigma_init=args.alp_sigma_init,
+            learnable=args.alp_learn_sigma and args.alp_enabled,
+            noise_scale=args.alp_noise_scale,
+            sigma_min=args.alp_sigma_min,
+            sigma_max=args.alp_sigma_max,
+        ).to(self.accelerator.device)
+        self.sigma_optimizer: torch.optim.Adam | None = None
+        if self.perturbation.log_sigma.requires_grad:
+            self.sigma_optimizer = torch.optim.Adam([self.perturbation.log_sigma], lr=args.alp_sigma_lr)
+            self.add_callback(_SigmaStep(self))
+        self._warn_about_dropout()
+
+        self._micro_batches = 0  # perturbed micro-batches so far over the whole run and all processes; seeds the noise
+        self._update: _Update | None = None  # the update whose loss is being computed
+        self._noise_scope: ExitStack | None = None  # closes when the backward of the update has finished
+        self._skip_scoring = False  # answer TRL's next scoring pass, the old policy's, with nothing
+        self._generated_at = 0  # optimiser step at which the buffered rollouts were generated
+        self._warned: set[str] = set()
+
+    # ---- The method ----
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # The noise enters in the scoring pass of the loss and must stay on through backward, where gradient
+        # checkpointing may run the layers again; then, or after an exception, it is off.
+        with ExitStack() as self._noise_scope:
+            self._noise_scope.callback(setattr, self, "_noise_scope", None)
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _compute_loss(self, model, inputs):
+        self._update = _Update(inputs)
+        try:
+            with self._dual_clip(inputs["advantages"]):
+                return super()._compute_loss(model, self._update.inputs)
+        finally:
+            self._update = None
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self._skip_scoring:
+            self._skip_scoring = False
+            return None, None, None
+        if self._update is None:  # the old or the reference policy
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        training = self.model.training
+        noise_off_logps = None
+        if training and self._monitor_is_due():
+            noise_off_logps = self._noise_off_logps(model, *args, **kwargs)
+        with ExitStack() as this_pass:
+            if training and self.args.alp_enabled:
+                (self._noise_scope or this_pass).enter_context(self.perturbation.applied(self._next_seed()))
+            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        self._set_denominator(logps, noise_off_logps)
+        return logps, entropies, aux_loss
+
+    def _set_denominator(self, logps: torch.Tensor, noise_off_logps: torch.Tensor | None) -> None:
+        """Put `old` into the inputs such that TRL's `log_ratio = logps - old` is ALP's `u`, value and gradient."""
+        inputs, mask, level = self._update.inputs, self._update.mask, self.args.alp_ratio_level
+        behaviour_logps = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
+        if behaviour_logps is None:  # on-policy and without noise: the ratio is 1, as in TRL
+            behaviour_logps = logps.detach()
+        unscored = ~torch.isfinite(behaviour_logps)
+        behaviour_logps = torch.where(unscored, logps.detach(), behaviour_logps)
+        gap = log_probability_gap(logps, behaviour_logps, mask)
+        raw = raw_log_ratio(gap, mask, level)
+        clamped = raw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        # Where nothing was aggregated or clamped, `old` is the behaviour log-prob itself, bit for bit.
+        inputs["old_per_token_logps"] = torch.where(
+            clamped == logps - behaviour_logps, behaviour_logps, logps - clamped
+        )
+        # TRL's off-policy mask reads these, and would otherwise take the aggregated ones above.
+        inputs["sampling_per_token_logps"] = behaviour_logps
+        if not self.model.training:
+            return
+        self._record("alp", raw.detach(), gap.detach(), unscored)
+        self._record_perturbation()
+        if noise_off_logps is not None:
+            gap = log_probability_gap(noise_off_logps, behaviour_logps, mask)
+            self._record("alp/noise_off", raw_log_ratio(gap, mask, level), gap, unscored)
+
+    @contextmanager
+    def _dual_clip(self, advantages: torch.Tensor) -> Iterator[None]:
+        """Bound the ratio by `alp_dual_clip` where the advantage is negative, through the knobs of TRL's loss.
+
+        TRL's `delta` bounds it for either sign, and not at all below `1 + epsilon_high`; so both bounds vary by sign.
+        """
+        dual_clip = self.args.alp_dual_clip
+        if dual_clip is None or self.args.delta is not None or self.loss_type not in _CLIPPED_LOSSES:
+            yield
+            return
+        knobs = self.epsilon_low, self.epsilon_high
+        advantages = advantages if advantages.dim() > 1 else advantages.unsqueeze(1)  # (B, 1)
+        bound = torch.where(advantages < 0, dual_clip, torch.inf)
+        try:
+            self.args.delta = bound
+            self.epsilon_low = torch.full_like(bound, self.epsilon_low)
+            self.epsilon_high = (bound - 1).clamp(max=self.epsilon_high)
+            yield
+        finally:
+            self.args.delta = None
+            self.epsilon_low, self.epsilon_high = knobs
+
+    # ---- The behaviour policy ----
+
+    def _generate_and_score_completions(self, inputs):
+        training = self.model.training
+        # TRL scores the old policy when a batch of rollouts outlives an optimiser step. With the engine's log-probs at
+        # hand that forward is needless.
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        aligned = self.args.gradient_accumulation_steps % generate_every == 0
+        engine = self.use_vllm or self.rollout_func is not None
+        self._skip_scoring = engine and not aligned
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self._skip_scoring = False
+        if training:
+            self._generated_at = self.state.global_step
+        # TRL's shortcut for aligned batches, "the old policy is the current one", would take the perturbed policy.
+        perturbed = training and self.args.alp_enabled
+        scored = "sampling_per_token_logps" in output or "old_per_token_logps" in output
+        if not scored and (perturbed or not aligned):
+            output["old_per_token_logps"] = self._score_rollouts(output)
+        return output
+
+    @torch.no_grad()
+    def _score_rollouts(self, output: dict[str, Any]) -> torch.Tensor:
+        """Log-probs of freshly generated completions under the unperturbed policy.  # (B, T)"""
+        model_inputs = {
+            name: output.get(name)
+            for name in (
+                "pixel_values",
+                "image_grid_thw",
+                "num_images",
+                "pixel_attention_mask",
+                "spatial_shapes",
+                "num_tiles",
+                "image_sizes",
+                "token_type_ids",
+                "mm_token_type_ids",
+                "image_position_ids",
+            )
+        }
+        training = self.model.training
+        logps, _, _ = self._get_per_token_logps_and_entropies(
+            self.model,
+            torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+            torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+            output["completion_ids"].size(1),
+            batch_size=self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size,
+            **model_inputs,
+        )
+        return logps
+
+    def _monitor_is_due(self) -> bool:
+        every = self.args.alp_monitor_every
+        if not every or not self.args.alp_enabled or self.state.global_step % every:
+            return False
+        return self._step % self.current_gradient_accumulation_steps == 0  # once per optimiser step
+
+    @torch.no_grad()
+    def _noise_off_logps(self, model, *args, **kwargs) -> torch.Tensor:
+        kwargs.update(compute_entropy=False, compute_aux_loss=False)
+        device = self.accelerator.device
+        # A policy with dropout draws from the global generator; looking must not change the run.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)[0]
+
+    def _check_behaviour_policy(self) -> None:
+        # TRL makes this check only with its own correction on, and as a warning.
+        if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
+            mode = self.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+            if mode != "processed_logprobs":
+                raise ValueError(
+                    f"The vLLM server runs with `--logprobs-mode {mode}`, so its log-probs are not those of the "
+                    "distribution it samples from, and ALP's importance ratio would be biased. Restart it with "
+                    "`--logprobs-mode processed_logprobs`."
+                )
+
+    def _warn_about_dropout(self) -> None:
+        dropout = [m.p for m in self.model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+        if dropout and self.args.alp_enabled:
+            logger.warning(
+                f"The policy has dropout (p={max(dropout)}) and disable_dropout=False: dropout makes the ratio noisy "
+                "by an amount nobody trains, on top of ALP's perturbation. Set `disable_dropout=True`."
+            )
+
+    # ---- Sigma: seeds, optimiser, state ----
+
+    def _next_seed(self) -> int:
+        seed = noise_seed(self.args.seed, self._micro_batches + self.accelerator.process_index)
+        self._micro_batches += self.accelerator.num_processes
+        return seed
+
+    def _reduce_sigma_gradient(self) -> None:
+        """Average sigma's gradient over processes, unscaled, bounded in norm like the policy's and finite."""
+        log_sigma = self.perturbation.log_sigma
+        gradient = torch.zeros_like(log_sigma) if log_sigma.grad is None else log_sigma.grad
+        gradient = self.accelerator.reduce(gradient, reduction="mean")
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None:
+            gradient = gradient / scaler.get_scale()
+        log_sigma.grad = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        norm = torch.nn.utils.clip_grad_norm_([log_sigma], self.args.max_grad_norm or torch.inf)
+        self._metrics["train"]["alp/sigma/grad_norm"].append(norm.item())
+
+    def _step_sigma(self) -> None:
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.sigma_optimizer.step()
+            self.perturbation.bound_()
+        self.sigma_optimizer.zero_grad()
+
+    # Overridden here because older checkpoints may be rotated away once `_save_checkpoint` returns.
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if not (self.args.should_save and self.args.alp_enabled):
+            return
+        state = {
+            "layer_indices": self.perturbation.layer_indices,
+            "num_layers": self.perturbation.num_layers,
+            "noise_scale": self.perturbation.noise_scale,
+            "log_sigma": self.perturbation.log_sigma.detach().cpu(),
+            "optimizer": self.sigma_optimizer.state_dict() if self.sigma_optimizer is not None else None,
+            "micro_batches": self._micro_batches,
+        }
+        path = os.path.join(output_dir, STATE_NAME)
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.args.alp_enabled:
+            return
+        path = os.path.join(checkpoint, STATE_NAME)
+        if not os.path.isfile(path):
+            logger.warning(
+                f"The checkpoint has no {STATE_NAME} ({path}), so it was not written by ALP or with "
+                f"`save_only_model=True`: sigma starts from alp_sigma_init={self.args.alp_sigma_init}. To go on from "
+                "another value, set `alp_sigma_init`."
+            )
+            return
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}). Resume from another checkpoint, or delete the file to start sigma "
+                f"from alp_sigma_init={self.args.alp_sigma_init}."
+            ) from error
+        for name in ("num_layers", "layer_indices", "noise_scale"):
+            saved, current = state[name], getattr(self.perturbation, name)
+            if saved != current:
+                raise ValueError(
+                    f"{path} was written with {name}={saved}, but this run has {name}={current}: its sigma does not "
+                    "fit. Resume with the same model, `alp_layers` and `alp_noise_scale`, or delete the file to start "
+                    f"sigma from alp_sigma_init={self.args.alp_sigma_init}."
+                )
+        with torch.no_grad():
+            self.perturbation.log_sigma.copy_(state["log_sigma"])
+        self.perturbation.bound_()
+        self._micro_batches = state["micro_batches"]
+        if self.sigma_optimizer is not None and state["optimizer"] is not None:
+            self.sigma_optimizer.load_state_dict(state["optimizer"])
+            self.sigma_optimizer.param_groups[0]["lr"] = self.args.alp_sigma_lr
+
+    # ---- Metrics ----
+
+    def _record(self, prefix: str, raw: torch.Tensor, gap: torch.Tensor, unscored: torch.Tensor) -> None:
+        """Append the statistics of one micro-batch, over all processes.
+
+        `raw` (B, T): log ratio at the level in use, before the clamp; `gap` (B, T): per-token log-prob gap; `unscored`
+        (B, T): tokens whose behaviour log-prob is not finite.
+        """
+        advantages = self._update.inputs["advantages"]
+        advantages = advantages if advantages.dim() > 1 else advantages.unsqueeze(1)
+        ratio = raw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        dual_clip = torch.inf if self.args.delta is None else self.args.delta
+        columns = [
+            raw,
+            gap,
+            self._update.mask,
+            unscored,
+            (advantages < 0) & (ratio < 1 - self.epsilon_low),
+            (advantages > 0) & (ratio > 1 + self.epsilon_high),
+            (advantages < 0) & (ratio > dual_clip),
+        ]
+        packed = torch.stack([column.to(raw) for column in columns], dim=-1)
+        packed = self.accelerator.gather(self.accelerator.pad_across_processes(packed, dim=1))  # (N, T, 7)
+        raw, gap, mask = packed[..., :3].unbind(-1)
+        unscored, low, high, dual = packed[mask.bool()][:, 3:].unbind(-1)
+        statistics = ratio_statistics(ratio_units(raw, mask, self.args.alp_ratio_level))
+        statistics |= kl_estimates(gap[mask.bool()])
+        statistics["unscored_tokens"] = unscored.sum()
+        # TRL's sequence level clips another ratio; its own `clip_ratio/` metrics tell of that one.
+        clips = self.loss_type in _CLIPPED_LOSSES and self.importance_sampling_level == "token"
+        if clips:
+            statistics |= {"clip/low": low.mean(), "clip/high": high.mean(), "clip/dual": dual.mean()}
+        values = dict(zip(statistics, torch.stack(list(statistics.values())).tolist(), strict=True))
+        for name, value in values.items():
+            self._metrics["train"][f"{prefix}/{name}"].append(value)
+        if prefix == "alp":
+            staleness = self.state.global_step - self._generated_at
+            self._metrics["train"]["alp/staleness"].append(staleness)
+            if clips and staleness == 0:
+                self._warn_about_clipped_mismatch(values["clip/low"] + values["clip/high"])
+
+    def _record_perturbation(self) -> None:
+        if not self.args.alp_enabled:
+            return
+        sigma, effective = torch.stack([self.perturbation.sigma, self.perturbation.effective_noise()]).tolist()
+        metrics = self._metrics["train"]
+        for name, values in (("sigma", sigma), ("noise/effective", effective)):
+            metrics[f"alp/{name}/mean"].append(sum(values) / len(values))
+            metrics[f"alp/{name}/min"].append(min(values))
+            metrics[f"alp/{name}/max"].append(max(values))
+        for index, value in zip(self.perturbation.layer_indices, sigma, strict=True):
+            metrics[f"alp/sigma/layer_{index:02d}"].append(value)
+        inert = [
+            i for i, value in zip(self.perturbation.layer_indices, effective, strict=True) if value < _INERT_NOISE
+        ]
+        if inert and "inert" not in self._warned:
+            self._warned.add("inert")
+            dtype = str(self.perturbation.hidden_dtype).removeprefix("torch.")
+            logger.warning(
+                f"The noise is lost in rounding: in {dtype}, with sigma between {min(sigma):.3g} and {max(sigma):.3g} "
+                f"(alp_noise_scale={self.args.alp_noise_scale!r}), less than {_INERT_NOISE:.0%} of it reaches the "
+                f"input of the layers {inert}. Raise `alp_sigma_init` (and `alp_sigma_min`), use "
+                "`alp_noise_scale='rms'`, or train with fp32 weights and bf16 autocast, which keep the residual "
+                "stream in fp32."
+            )
+
+    def _warn_about_clipped_mismatch(self, clipped: float) -> None:
+        narrow = (self.args.epsilon_high or self.args.epsilon) < 1
+        if narrow and clipped > _CLIPPED_MISMATCH and "clipped" not in self._warned:
+            self._warned.add("clipped")
+            logger.warning(
+                f"{clipped:.0%} of the tokens are clipped before any update since their generation: with "
+                f"epsilon={self.args.epsilon} and epsilon_high={self.args.epsilon_high} it is training-inference "
+                "mismatch and noise that are clipped, not the update. Widen the range (the paper: `epsilon=0.5, "
+                "epsilon_high=3.0`)."
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # TRL averages over the logging window; of extremes, the window's extreme is what is asked for.
+        for name, values in self._metrics["train" if self.model.training else "eval"].items():
+            known = [value for value in values if not math.isnan(value)]
+            if name.startswith("alp/") and name.endswith(("/min", "/max")) and known:
+                values[:] = [min(known) if name.endswith("/min") else max(known)]
+        super().log(logs, start_time)
+
+
+class _Update:
+    """One call of the loss: a copy of the micro-batch, which TRL reuses across `num_iterations`, and its loss mask."""
+
+    def __init__(self, inputs: dict[str, Any]):
+        self.inputs = dict(inputs)
+        tool_mask = inputs.get("tool_mask")
+        completion_mask = inputs["completion_mask"]
+        self.mask = completion_mask if tool_mask is None else completion_mask * tool_mask  # (B, T)
+
+
+class _SigmaStep(TrainerCallback):
+    """Steps sigma's optimiser exactly when the policy's steps."""
+
+    def __init__(self, trainer: ALPGRPOTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        # Before the policy's step, since the gradient scaler changes its scale after it.
+        self.trainer._reduce_sigma_gradient()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._step_sigma()
+
+
+def _checked(rollout_func: Callable) -> Callable:
+    """Wrap a `rollout_func` so that what it returns is checked before TRL stumbles over it."""
+
+    @wraps(rollout_func)
+    def checked(prompts, trainer):
+        output = rollout_func(prompts, trainer)
+        completions, logprobs = output.get("completion_ids"), output.get("logprobs")
+        for index, completion in enumerate(completions or []):
+            if len(completion) == 0:
+                raise ValueError(
+                    f"rollout_func returned an empty completion (`completion_ids[{index}]`). Return at least one "
+                    "token, for example the end-of-sequence token."
+                )
+            if logprobs is not None and len(logprobs[index]) != len(completion):
+                raise ValueError(
+                    f"rollout_func returned {len(logprobs[index])} `logprobs` for the {len(completion)} tokens of "
+                    f"`completion_ids[{index}]`. Return one log-prob for each token."
+                )
+        return output
+
+    return checked

@@ -1,0 +1,144 @@
+"""Tiny models, tokenizers and trainers built from configs; nothing is downloaded."""
+
+import string
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
+
+
+CHARACTERS = string.digits + "+-= " + string.ascii_lowercase
+FAMILIES = ("llama", "qwen2", "gpt2")
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, with pad and end-of-sequence tokens."""
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {c: i + 3 for i, c in enumerate(CHARACTERS)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def model(family: str = "qwen2", layers: int = 2, seed: int = 0, init_std: float = 0.3, dtype=torch.float32):
+    """A decoder LM of a few thousand parameters; the large init makes its distribution far from uniform."""
+    torch.manual_seed(seed)
+    ids = {"vocab_size": 3 + len(CHARACTERS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    if family == "gpt2":
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        config = GPT2Config(n_layer=layers, n_embd=32, n_head=2, n_positions=64, initializer_range=init_std, **dropout, **ids)
+        return GPT2LMHeadModel(config).to(dtype)
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[family]
+    config = config_class(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=init_std,
+        **ids,
+    )
+    return model_class(config).to(dtype)
+
+
+def prompts(rows: int = 16) -> Dataset:
+    return Dataset.from_dict({"prompt": [f"{i % 10}+{i // 10}=" for i in range(rows)]})
+
+
+def count_digits(completions: list[str], **kwargs) -> list[float]:
+    """A reward that varies between completions of a random model."""
+    return [sum(c.isdigit() for c in completion) / 4 for completion in completions]
+
+
+def config(output_dir, config_class=ALPGRPOConfig, **overrides):
+    """fp32 on the CPU: 2 prompts x 4 completions a micro-batch, one update per rollout."""
+    settings = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return config_class(**settings | overrides)
+
+
+def trainer(output_dir, trainer_class=ALPGRPOTrainer, policy=None, args=None, reward=count_digits, **kwargs):
+    """A trainer on a tiny model. Keyword arguments that name a config field go to the config, others to the trainer."""
+    names = {"train_dataset", "eval_dataset", "peft_config", "rollout_func", "callbacks", "tools", "optimizers"}
+    trainer_kwargs = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+    if args is None:
+        args = config(output_dir, **kwargs)
+    return trainer_class(
+        model=policy if policy is not None else model(),
+        reward_funcs=reward,
+        args=args,
+        processing_class=tokenizer(),
+        **{"train_dataset": prompts(), **trainer_kwargs},
+    )
+
+
+def rollout_func(noise: float = 0.3, edit=None):
+    """A behaviour policy that is the policy in other numerics: its log-probs are off by Gaussian noise.
+
+    `edit(completion_ids, logprobs)` may change what is returned.
+    """
+
+    def rollout(batch, trainer):
+        device = trainer.accelerator.device
+        tokens = trainer.processing_class(batch, return_tensors="pt", padding=True).to(device)
+        width = tokens["input_ids"].shape[1]
+        was_training = trainer.model.training
+        trainer.model.eval()
+        with torch.no_grad():
+            out = trainer.model.generate(
+                **tokens, max_new_tokens=trainer.max_completion_length, do_sample=True, top_k=0, use_cache=True
+            )
+            logits = trainer.model(out, attention_mask=(out != 0).long()).logits[:, width - 1 : -1].log_softmax(-1)
+        trainer.model.train(was_training)
+        scores = logits.gather(-1, out[:, width:, None])[..., 0]
+        scores = scores + noise * torch.randn(scores.shape)
+        completion_ids, logprobs = [], []
+        for row, score in zip(out[:, width:].tolist(), scores.tolist(), strict=True):
+            length = row.index(1) + 1 if 1 in row else len(row)
+            completion_ids.append(row[:length])
+            logprobs.append(score[:length])
+        if edit is not None:
+            completion_ids, logprobs = edit(completion_ids, logprobs)
+        prompt_ids = [trainer.processing_class(prompt)["input_ids"] for prompt in batch]
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
+
+    return rollout
+
+
+def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def history(a_trainer) -> list[dict]:
+    """The log, without what measures time."""
+    timed = ("step_time", "train_runtime", "per_second", "total_flos", "train_tokens")
+    return [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in a_trainer.state.log_history]
