@@ -14,6 +14,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from trl import GRPOConfig
 
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
 
@@ -38,7 +39,9 @@ def model(family: str = "qwen2", layers: int = 2, seed: int = 0, init_std: float
     ids = {"vocab_size": 3 + len(CHARACTERS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
     if family == "gpt2":
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = GPT2Config(n_layer=layers, n_embd=32, n_head=2, n_positions=64, initializer_range=init_std, **dropout, **ids)
+        config = GPT2Config(
+            n_layer=layers, n_embd=32, n_head=2, n_positions=64, initializer_range=init_std, **dropout, **ids
+        )
         return GPT2LMHeadModel(config).to(dtype)
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
@@ -86,12 +89,15 @@ def config(output_dir, config_class=ALPGRPOConfig, **overrides):
     return config_class(**settings | overrides)
 
 
-def trainer(output_dir, trainer_class=ALPGRPOTrainer, policy=None, args=None, reward=count_digits, **kwargs):
-    """A trainer on a tiny model. Keyword arguments that name a config field go to the config, others to the trainer."""
+def trainer(
+    output_dir, trainer_class=ALPGRPOTrainer, policy=None, args=None, reward=count_digits, config_class=None, **kwargs
+):
+    """A trainer on a tiny model. Keyword arguments go to the config, but for those the trainer takes."""
     names = {"train_dataset", "eval_dataset", "peft_config", "rollout_func", "callbacks", "tools", "optimizers"}
     trainer_kwargs = {name: kwargs.pop(name) for name in names & kwargs.keys()}
     if args is None:
-        args = config(output_dir, **kwargs)
+        config_class = config_class or (ALPGRPOConfig if issubclass(trainer_class, ALPGRPOTrainer) else GRPOConfig)
+        args = config(output_dir, config_class, **kwargs)
     return trainer_class(
         model=policy if policy is not None else model(),
         reward_funcs=reward,
@@ -132,6 +138,14 @@ def rollout_func(noise: float = 0.3, edit=None):
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
 
     return rollout
+
+
+def saved(path, **kwargs):
+    """A tiny policy that TRL can load again by its name, as it does for the reference model."""
+    policy = model(**kwargs)
+    policy.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return type(policy).from_pretrained(path)
 
 
 def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:

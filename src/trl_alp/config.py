@@ -4,14 +4,14 @@
 import math
 from dataclasses import dataclass, field
 
-from transformers.utils import logging
+from accelerate.logging import get_logger
 from trl import GRPOConfig
 
 from .perturbation import check_noise_scale, check_sigma
 from .ratio import check_level
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)  # speaks on the main process only
 
 
 @dataclass

@@ -348,10 +348,15 @@ class LayerwisePerturbation(nn.Module):
 
     def _measure(self, position, hidden, perturbed, sigma, scale):
         sample = (..., slice(None, None, max(1, hidden.shape[-2] // _MEASURED_POSITIONS)), slice(None))
-        realised = (perturbed[sample].to(_at_least_fp32(hidden.dtype)) - hidden[sample]).square().mean()
-        asked = sigma.square() if scale is None else sigma.square() * scale[sample].square().mean()
+        hidden, perturbed = hidden[sample], perturbed[sample]
+        realised = (perturbed.to(_at_least_fp32(hidden.dtype)) - hidden).square().mean(-1, keepdim=True)
+        asked = sigma.square().expand_as(realised) if scale is None else sigma.square() * scale[sample].square()
+        # All-zero rows are the embedding of the padding token; around 0 every format resolves any noise.
+        real = hidden.any(-1, keepdim=True)
         self.hidden_dtype = hidden.dtype
-        self.noise_power[position] = torch.stack([asked, realised]).to(self.noise_power)
+        self.noise_power[position] = torch.stack([(asked * real).mean(), (realised * real).mean()]).to(
+            self.noise_power
+        )
 
     def effective_noise(self) -> torch.Tensor:
         """

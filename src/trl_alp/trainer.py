@@ -13,8 +13,8 @@ from functools import wraps
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from transformers import TrainerCallback
-from transformers.utils import logging
 from trl import GRPOTrainer
 
 from .config import ALPGRPOConfig
@@ -29,7 +29,7 @@ from .ratio import (
 )
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)  # speaks on the main process only
 
 STATE_NAME = "alp_state.pt"
 # Loss types of TRL that clip the ratio; the others (cispo, sapo, vespo) bound it in their own way and have no dual
@@ -69,7 +69,7 @@ class ALPGRPOTrainer(GRPOTrainer):
 
     Raises:
         `ValueError`: If `args` is not an [`ALPGRPOConfig`], the model has no decoder layers, `alp_layers` does not fit
-            it, fp16 is combined with DeepSpeed, or a vLLM server does not return processed log-probs.
+            it, fp16 is combined with DeepSpeed or a CPU, or a vLLM server does not return processed log-probs.
 
     Example:
 
@@ -104,11 +104,16 @@ class ALPGRPOTrainer(GRPOTrainer):
                 f"args is a {type(args).__name__}; ALPGRPOTrainer needs an `ALPGRPOConfig`, which adds the `alp_*` "
                 "fields and changes four defaults of `GRPOConfig`. Replace `GRPOConfig(...)` by `ALPGRPOConfig(...)`."
             )
-        if args.fp16 and args.deepspeed_plugin is not None:
-            raise ValueError(
-                "fp16=True with DeepSpeed is not supported: DeepSpeed steps the policy inside backward with a loss "
-                "scale that sigma's gradient still carries. Set `bf16=True`, or use fp16 without DeepSpeed."
+        if args.fp16 and (args.deepspeed_plugin is not None or args.device.type == "cpu"):
+            backend, reason = (
+                (
+                    "with DeepSpeed",
+                    "it steps the policy inside backward, with a loss scale that sigma's gradient keeps",
+                )
+                if args.deepspeed_plugin is not None
+                else ("on a cpu", "accelerate would train in fp32 without saying so")
             )
+            raise ValueError(f"fp16=True {backend} is not supported: {reason}. Set `bf16=True`, or neither for fp32.")
         # TRL replaces names of reward models, and appends environments' rewards, in the list it is given.
         reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs
         super().__init__(model, reward_funcs, args, *other, **kwargs)
@@ -209,7 +214,7 @@ class ALPGRPOTrainer(GRPOTrainer):
             return
         knobs = self.epsilon_low, self.epsilon_high
         advantages = advantages if advantages.dim() > 1 else advantages.unsqueeze(1)  # (B, 1)
-        bound = torch.where(advantages < 0, dual_clip, torch.inf)
+        bound = torch.full_like(advantages, torch.inf).masked_fill(advantages < 0, dual_clip)
         try:
             self.args.delta = bound
             self.epsilon_low = torch.full_like(bound, self.epsilon_low)
