@@ -1,0 +1,24 @@
+"""One short run on each of the processes that `accelerate launch` started; what each saw goes to `OUT/rank_N.pt`."""
+
+import sys
+
+import tiny
+import torch
+
+
+out, overrides = sys.argv[1], dict(pair.split("=") for pair in sys.argv[2:])
+overrides = {name: int(value) for name, value in overrides.items()}
+trainer = tiny.trainer(out, alp_sigma_lr=0.05, save_strategy="steps", save_steps=2, max_steps=2, seed=3, **overrides)
+seeds = []
+applied = trainer.perturbation.applied
+trainer.perturbation.applied = lambda seed: seeds.append(seed) or applied(seed)
+trainer.train()
+rank = trainer.accelerator.process_index
+state = {
+    "world_size": trainer.accelerator.num_processes,
+    "seeds": seeds,
+    "log_sigma": trainer.perturbation.log_sigma.detach(),
+    "weights": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
+    "log": tiny.history(trainer),
+}
+torch.save(state, f"{out}/rank_{rank}.pt")
