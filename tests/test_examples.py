@@ -1,0 +1,180 @@
+"""The examples and the README, run at tiny size."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+
+ROOT = Path(__file__).parent.parent
+GSM8K = ROOT / "tests" / "data" / "gsm8k" / "train.jsonl"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory):
+    """Path of a tiny model with a byte-level BPE tokenizer of GSM8K's text and a chat template."""
+    path = tmp_path_factory.mktemp("language_model")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train([str(GSM8K)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(path)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def run(script, *arguments, cwd, launcher=(sys.executable,)):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CI": "1"}
+    command = [*launcher, str(ROOT / "examples" / script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def load(script):
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / "examples" / script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_quickstart_runs_twice_and_leaves_model_log_and_figure(tmp_path):
+    tiny_size = ["--hidden_size", 16, "--warm_start_steps", 3, "--rollout_batches", 1]
+    for _ in range(2):
+        printed = run("quickstart.py", *tiny_size, cwd=tmp_path)
+        assert re.search(r"sampled at temperature 1 .* +\d+\.\d% +\d+\.\d%", printed)
+        folder = tmp_path / "runs" / "quickstart"
+        assert str(Path("runs/quickstart/figure.png")) in printed
+        assert (folder / "figure.png").stat().st_size > 10_000
+        assert len(json.loads((folder / "log.json").read_text())) == 8
+        assert (folder / "model.safetensors").is_file()
+
+
+def test_train_alp_runs_under_accelerate_launch_on_gsm8k_with_yaml_and_lora(tmp_path, language_model):
+    (tmp_path / "config.yaml").write_text(
+        f"model_name_or_path: {language_model}\ndataset_name: {GSM8K}\noutput_dir: {tmp_path / 'out'}\n"
+        "per_device_train_batch_size: 4\nnum_generations: 2\nsteps_per_generation: 2\nmax_completion_length: 8\n"
+        "max_steps: 2\nlogging_steps: 1\nreport_to: none\nuse_cpu: true\nuse_peft: true\nlearning_rate: 1.0e-5\n"
+        "lora_target_modules: [q_proj, v_proj]\nalp_ratio_level: sequence\nmax_train_samples: 4\n"
+    )
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    printed = run("train_alp.py", "--config", tmp_path / "config.yaml", cwd=tmp_path, launcher=launcher)
+    assert "alp/sigma/mean" in printed and "rewards/math_reward/mean" in printed
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert "2603.19470" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_train_alp_trains_all_weights_of_a_local_model(tmp_path, language_model):
+    arguments = {
+        "model_name_or_path": language_model, "dataset_name": GSM8K, "output_dir": tmp_path / "out", "max_steps": 1,
+        "per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 4, "report_to": "none",
+        "use_cpu": "true", "save_strategy": "no",
+    }  # fmt: skip
+    run("train_alp.py", *[x for name, value in arguments.items() for x in (f"--{name}", value)], cwd=tmp_path)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_gsm8k_problems_are_read_as_conversations_and_as_text():
+    script = load("train_alp.py")
+    chat = script.load_problems(str(GSM8K), None, "train", 3, chat=True)
+    assert len(chat) == 3 and set(chat.column_names) == {"prompt", "solution"}
+    assert chat[0]["prompt"][0]["role"] == "user" and "clips" in chat[0]["prompt"][0]["content"]
+    assert chat[0]["solution"] == "72"
+    text = script.load_problems(str(GSM8K), None, "train", None, chat=False)
+    assert len(text) == 16 and text[0]["prompt"].endswith("\\boxed{}.\n")
+
+
+def test_a_dataset_without_questions_is_told(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "hello"}\n')
+    with pytest.raises(
+        ValueError, match=r"has the columns \['text'\], but none of \['question', 'problem', 'prompt'\]"
+    ):
+        load("train_alp.py").load_problems(str(tmp_path / "x.jsonl"), None, "train", None, chat=False)
+
+
+@pytest.mark.parametrize(
+    ("completion", "solution", "reward"),
+    [
+        ("the answer is \\boxed{72}", "72", 1.0),
+        ([{"role": "assistant", "content": "so \\boxed{72.0}"}], "72", 1.0),
+        ("\\boxed{\\frac{1}{2}}", "0.5", 1.0),
+        ("\\boxed{71}", "72", 0.0),
+        ("no idea", "72", 0.0),
+        ("", "72", 0.0),
+        ("\\boxed{1}", "", None),
+    ],
+)
+def test_math_reward_verifies_the_final_answer(completion, solution, reward):
+    assert load("train_alp.py").math_reward([completion], [solution]) == [reward]
+
+
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_example_runs_as_printed(tmp_path, monkeypatch, language_model):
+    """Names of the hub are answered from disk, and the run is made small; the code itself is the README's."""
+    import datasets
+    import transformers
+
+    import trl_alp
+
+    monkeypatch.chdir(tmp_path)
+    config = trl_alp.ALPGRPOConfig
+
+    def small(*args, **kwargs):
+        tiny_run = {"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 8}
+        return config(*args, **kwargs | tiny_run, report_to="none", use_cpu=True, save_strategy="no")
+
+    def local(name, *args, **kwargs):
+        assert name == "openai/gsm8k"
+        return datasets.Dataset.from_json(str(GSM8K))
+
+    class Local(trl_alp.ALPGRPOTrainer):
+        def __init__(self, model, *args, **kwargs):
+            assert model == "Qwen/Qwen2.5-0.5B-Instruct"
+            policy = transformers.AutoModelForCausalLM.from_pretrained(language_model)
+            tokenizer = AutoTokenizer.from_pretrained(language_model)
+            super().__init__(policy, *args, processing_class=tokenizer, **kwargs)
+
+    monkeypatch.setattr(trl_alp, "ALPGRPOConfig", small)
+    monkeypatch.setattr(trl_alp, "ALPGRPOTrainer", Local)
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    (block,) = readme_blocks()
+    scope = {}
+    exec(block, scope)
+    assert scope["trainer"].state.global_step == 2
+    assert "alp/ratio/p98" in scope["trainer"].state.log_history[0]
+
+
+def test_readme_is_short_and_its_commands_exist():
+    text = (ROOT / "README.md").read_text()
+    assert 90 <= len(text.splitlines()) <= 160
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"^make ([\w-]+)", text, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for link in re.findall(r"\]\(((?!http)[^)#]+)", text):
+        assert (ROOT / link).exists(), link
