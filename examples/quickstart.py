@@ -134,10 +134,11 @@ def draw(log: list[dict], path: Path, num_layers: int) -> None:
         middle.fill_between(steps, lower, upper, color="tab:blue", alpha=alpha, lw=0, label=label)
     middle.plot(steps, [row["alp/ratio/p50"] for row in log], color="navy", lw=0.8, label="median")
     middle.set(title="Importance ratio, perturbed / behaviour", yscale="log")
+    middle.yaxis.set_major_formatter("{x:g}")
     middle.legend(loc="lower left", fontsize="small")
     for layer in range(num_layers):
         right.plot(steps, [row[f"alp/sigma/layer_{layer:02d}"] for row in log], label=f"layer {layer}")
-    right.set(title="Sigma, in units of the hidden state's RMS")
+    right.set(title="Sigma (share of the hidden state's RMS)")
     right.legend(fontsize="small")
     for axis in (left, middle, right):
         axis.set_xlabel("optimiser step")
