@@ -397,8 +397,21 @@ def test_only_the_chosen_layers_are_perturbed(tmp_path):
 # ---- Checkpoints ----
 
 
-@pytest.mark.parametrize("settings", [{}, {"steps_per_generation": 2}, {"gradient_accumulation_steps": 2}])
-def test_stopping_at_a_rollout_boundary_and_resuming_equals_an_uninterrupted_run(tmp_path, settings):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"steps_per_generation": 2},
+        {"gradient_accumulation_steps": 2},
+        # In the middle of the buffered rollouts, where TRL alone samples anew.
+        {"steps_per_generation": 4},
+        {"steps_per_generation": 3, "num_iterations": 2, "max_steps": 8},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 6, "max_steps": 6},
+        {"rollout_func": tiny.rollout_func(), "steps_per_generation": 4},
+        {"steps_per_generation": 4, "alp_enabled": False, "max_steps": 6},
+    ],
+)
+def test_stopping_and_resuming_equals_an_uninterrupted_run(tmp_path, settings):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "alp_sigma_lr": 0.05, **settings}
     whole = tiny.trainer(tmp_path / "whole", **settings)
     whole.train()
@@ -407,6 +420,8 @@ def test_stopping_at_a_rollout_boundary_and_resuming_equals_an_uninterrupted_run
     assert_equal(tiny.parameters(whole.model), tiny.parameters(resumed.model))
     assert torch.equal(whole.perturbation.log_sigma, resumed.perturbation.log_sigma)
     assert tiny.history(whole)[:-1] == tiny.history(resumed)[:-1]
+    if not whole.args.alp_enabled:
+        return
     ours, theirs = (torch.load(tmp_path / run / "checkpoint-4" / "alp_state.pt") for run in ("whole", "resumed"))
     assert ours["micro_batches"] == theirs["micro_batches"]
     assert_equal(ours["optimizer"]["state"][0], theirs["optimizer"]["state"][0])
@@ -427,11 +442,14 @@ def checkpoint(tmp_path, **kwargs):
     return tmp_path / "first" / "checkpoint-1"
 
 
-def test_half_written_state_is_an_error_that_names_the_file(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "otherwise"), [("alp_state.pt", "alp_sigma_init=0.01"), ("alp_rollouts_0.pt", "freshly sampled")]
+)
+def test_half_written_state_is_an_error_that_names_the_file(tmp_path, name, otherwise):
     path = checkpoint(tmp_path)
-    content = (path / "alp_state.pt").read_bytes()
-    (path / "alp_state.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"alp_state\.pt cannot be read .*alp_sigma_init=0.01"):
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"(?s){name} cannot be read .*{otherwise}"):
         tiny.trainer(tmp_path).train(resume_from_checkpoint=str(path))
 
 
@@ -446,7 +464,8 @@ def test_checkpoint_of_stock_grpo_starts_sigma_with_a_warning(tmp_path, caplog):
     tiny.trainer(tmp_path / "stock", GRPOTrainer, save_strategy="steps", save_steps=1, max_steps=1).train()
     trainer = tiny.trainer(tmp_path)
     trainer.train(resume_from_checkpoint=str(tmp_path / "stock" / "checkpoint-1"))
-    assert "has no alp_state.pt" in caplog.text and "sigma starts from alp_sigma_init=0.01" in caplog.text
+    assert "has no alp_state.pt" in caplog.text and "start sigma from alp_sigma_init=0.01" in caplog.text
+    assert "freshly sampled" in caplog.text
     assert trainer.state.global_step == 2
 
 
@@ -492,6 +511,24 @@ def test_all_equal_rewards_leave_the_policy_unmoved_and_finite(tmp_path):
     trainer.train()
     assert_equal(tiny.parameters(trainer.model), before)
     assert torch.isfinite(trainer.perturbation.log_sigma).all()
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
+def test_non_finite_rewards_are_left_out_like_none(tmp_path, caplog, bad, scale_rewards):
+    runs = []
+    for value in (bad, None):
+
+        def reward(completions, value=value, **kwargs):
+            return [value if i % 3 == 0 else float(i) for i in range(len(completions))]
+
+        trainer = tiny.trainer(tmp_path, reward=reward, scale_rewards=scale_rewards)
+        trainer.train()
+        runs.append(tiny.parameters(trainer.model))
+        assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+        assert trainer.state.log_history[0]["alp/unscored_rewards"] == 3
+    assert_equal(*runs)
+    assert caplog.text.count("rewards are infinite") == (bad is not None and math.isinf(bad))
 
 
 def test_fully_masked_batch_is_survived(tmp_path):
@@ -612,6 +649,7 @@ MONITORED += ["ess", "chi2", "kl/k1", "kl/k3", "unscored_tokens", "clip/low", "c
 METRICS = [f"alp/{name}" for name in MONITORED] + ["alp/staleness", "alp/sigma/grad_norm"]
 METRICS += [f"alp/{n}/{s}" for n in ("sigma", "noise/effective") for s in ("mean", "min", "max")]
 METRICS += ["alp/sigma/layer_00", "alp/sigma/layer_01"]
+PER_ROLLOUT = ["alp/unscored_rewards"]
 
 
 def test_metrics_are_logged_and_redefine_none_of_trls(tmp_path):
@@ -620,7 +658,7 @@ def test_metrics_are_logged_and_redefine_none_of_trls(tmp_path):
     trainer = tiny.trainer(tmp_path, alp_monitor_every=1)
     trainer.train()
     row = trainer.state.log_history[0]
-    ours = set(METRICS) | {f"alp/noise_off/{name}" for name in MONITORED}
+    ours = set(METRICS + PER_ROLLOUT) | {f"alp/noise_off/{name}" for name in MONITORED}
     assert ours == {name for name in row if name.startswith("alp/")}
     assert set(row) - ours == set(stock.state.log_history[0])
 

@@ -83,9 +83,17 @@ def test_the_old_policy_is_scored_first_and_only_when_misaligned():
     assert 'if old_per_token_logps is not None: output["old_per_token_logps"]' in source
 
 
+def test_buffered_rollouts_are_used_as_they_are_saved():
+    source = body(GRPOTrainer._prepare_inputs)
+    assert "if self._step % generate_every == 0 or self._buffered_inputs is None:" in source
+    assert "inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]" in source
+    assert "return rewards_per_func" in body(GRPOTrainer._calculate_rewards)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
+        ("_buffered_inputs", type(None)),
         ("_metrics", dict),
         ("_step", int),
         ("accelerator", object),

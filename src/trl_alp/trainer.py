@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -32,6 +33,7 @@ from .ratio import (
 logger = get_logger(__name__)  # speaks on the main process only
 
 STATE_NAME = "alp_state.pt"
+ROLLOUTS_NAME = "alp_rollouts_{}.pt"  # one for each process, as with the random states
 # Loss types of TRL that clip the ratio; the others (cispo, sapo, vespo) bound it in their own way and have no dual
 # clip.
 _CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -247,6 +249,20 @@ class ALPGRPOTrainer(GRPOTrainer):
             output["old_per_token_logps"] = self._score_rollouts(output)
         return output
 
+    def _calculate_rewards(self, *args, **kwargs):
+        # TRL leaves out a reward of None (NaN here). An infinite one would make every advantage of its group infinite.
+        rewards = super()._calculate_rewards(*args, **kwargs)  # (N, number of reward functions), of all processes
+        infinite = torch.isinf(rewards)
+        if self.model.training:
+            self._metrics["train"]["alp/unscored_rewards"].append((~torch.isfinite(rewards)).sum().item())
+        if infinite.any() and "rewards" not in self._warned:
+            self._warned.add("rewards")
+            logger.warning(
+                f"{int(infinite.sum())} rewards are infinite; they are left out, like None. `alp/unscored_rewards` "
+                "counts them. Let the reward function return None where it cannot score."
+            )
+        return rewards.masked_fill(infinite, torch.nan)
+
     @torch.no_grad()
     def _score_rollouts(self, output: dict[str, Any]) -> torch.Tensor:
         """Log-probs of freshly generated completions under the unperturbed policy.  # (B, T)"""
@@ -337,46 +353,63 @@ class ALPGRPOTrainer(GRPOTrainer):
     # Overridden here because older checkpoints may be rotated away once `_save_checkpoint` returns.
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if not (self.args.should_save and self.args.alp_enabled):
-            return
-        state = {
-            "layer_indices": self.perturbation.layer_indices,
-            "num_layers": self.perturbation.num_layers,
-            "noise_scale": self.perturbation.noise_scale,
-            "log_sigma": self.perturbation.log_sigma.detach().cpu(),
-            "optimizer": self.sigma_optimizer.state_dict() if self.sigma_optimizer is not None else None,
-            "micro_batches": self._micro_batches,
+        os.makedirs(output_dir, exist_ok=True)  # a process may get here before the one that saves the model
+        rollouts = {
+            "step": self._step,
+            "generated_at": self._generated_at,
+            "buffered_inputs": self._buffered_inputs,
+            "num_processes": self.accelerator.num_processes,
         }
-        path = os.path.join(output_dir, STATE_NAME)
-        torch.save(state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        _save(rollouts, os.path.join(output_dir, ROLLOUTS_NAME.format(self.accelerator.process_index)))
+        if self.args.should_save and self.args.alp_enabled:
+            state = {
+                "layer_indices": self.perturbation.layer_indices,
+                "num_layers": self.perturbation.num_layers,
+                "noise_scale": self.perturbation.noise_scale,
+                "log_sigma": self.perturbation.log_sigma.detach().cpu(),
+                "optimizer": self.sigma_optimizer.state_dict() if self.sigma_optimizer is not None else None,
+                "micro_batches": self._micro_batches,
+            }
+            _save(state, os.path.join(output_dir, STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.args.alp_enabled:
+        if checkpoint is not None:
+            self._load_rollouts(os.path.join(checkpoint, ROLLOUTS_NAME.format(self.accelerator.process_index)))
+            if self.args.alp_enabled:
+                self._load_sigma(os.path.join(checkpoint, STATE_NAME))
+
+    def _load_rollouts(self, path: str) -> None:
+        """Take up the buffered rollouts where the checkpoint was written; TRL alone would sample anew."""
+        rollouts = _load(path, "start from freshly sampled rollouts") if os.path.isfile(path) else None
+        if rollouts is None or rollouts["num_processes"] != self.accelerator.num_processes:
+            logger.warning(
+                f"No buffered rollouts of {self.accelerator.num_processes} process(es) at {path}: the run goes on "
+                "with freshly sampled ones, and equals an uninterrupted run only if the checkpoint was written when "
+                "all updates of a batch of rollouts were done."
+            )
             return
-        path = os.path.join(checkpoint, STATE_NAME)
+        self._step = rollouts["step"]
+        self._generated_at = rollouts["generated_at"]
+        if rollouts["buffered_inputs"] is not None:
+            self._buffered_inputs = send_to_device(rollouts["buffered_inputs"], self.accelerator.device)
+
+    def _load_sigma(self, path: str) -> None:
+        initial = f"start sigma from alp_sigma_init={self.args.alp_sigma_init}"
         if not os.path.isfile(path):
             logger.warning(
                 f"The checkpoint has no {STATE_NAME} ({path}), so it was not written by ALP or with "
-                f"`save_only_model=True`: sigma starts from alp_sigma_init={self.args.alp_sigma_init}. To go on from "
-                "another value, set `alp_sigma_init`."
+                f"`save_only_model=True`. The run will {initial}; to go on from another value, set `alp_sigma_init`."
             )
             return
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}). Resume from another checkpoint, or delete the file to start sigma "
-                f"from alp_sigma_init={self.args.alp_sigma_init}."
-            ) from error
+        state = _load(path, initial)
         for name in ("num_layers", "layer_indices", "noise_scale"):
             saved, current = state[name], getattr(self.perturbation, name)
             if saved != current:
                 raise ValueError(
                     f"{path} was written with {name}={saved}, but this run has {name}={current}: its sigma does not "
-                    "fit. Resume with the same model, `alp_layers` and `alp_noise_scale`, or delete the file to start "
-                    f"sigma from alp_sigma_init={self.args.alp_sigma_init}."
+                    "fit. Resume with the same model, `alp_layers` and `alp_noise_scale`, or delete the file to "
+                    f"{initial}."
                 )
         with torch.no_grad():
             self.perturbation.log_sigma.copy_(state["log_sigma"])
@@ -494,6 +527,21 @@ class _SigmaStep(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._step_sigma()
+
+
+def _save(state: dict[str, Any], path: str) -> None:
+    """Save so that an interrupted write leaves no half file behind."""
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def _load(path: str, otherwise: str) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}). Resume from another checkpoint, or delete the file to {otherwise}."
+        ) from error
 
 
 def _checked(rollout_func: Callable) -> Callable:
