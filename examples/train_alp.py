@@ -42,6 +42,8 @@ class ScriptArguments:
             Configuration (subset) of the dataset, for example `main` of GSM8K.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on, with `--eval_strategy steps`.
         max_train_samples (`int`, *optional*):
             Use only the first so many rows.
     """
@@ -49,6 +51,7 @@ class ScriptArguments:
     dataset_name: str = field(metadata={"help": "Dataset on the hub, local folder, or local json/jsonl/csv/parquet."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of the dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
 
 
@@ -56,7 +59,7 @@ def load_problems(name: str, config: str | None, split: str, limit: int | None, 
     """Rows with a `prompt` (a conversation if `chat`, else text) and the reference `solution`."""
     suffix = Path(name).suffix.removeprefix(".").replace("jsonl", "json")
     if suffix in ("json", "csv", "parquet"):
-        dataset = load_dataset(suffix, data_files={split: name}, split=split)
+        dataset = load_dataset(suffix, data_files={split.split("[")[0]: name}, split=split)
     else:
         dataset = load_dataset(name, config, split=split)
     if limit is not None:
@@ -65,8 +68,12 @@ def load_problems(name: str, config: str | None, split: str, limit: int | None, 
     solution = pick(dataset, name, "answer", "solution")
 
     def read(row: dict) -> dict:
-        text = row[question] + INSTRUCTION
-        prompt = [{"role": "user", "content": text}] if chat else text + "\n"
+        messages = row[question]
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        *earlier, last = messages
+        messages = [*earlier, {**last, "content": last["content"] + INSTRUCTION}]
+        prompt = messages if chat else "\n".join(message["content"] for message in messages) + "\n"
         return {"prompt": prompt, "solution": str(row[solution]).split("####")[-1].strip()}
 
     return dataset.map(read, remove_columns=dataset.column_names)
@@ -99,13 +106,12 @@ def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args:
         trust_remote_code=training_args.trust_remote_code,
         padding_side="left",
     )
-    dataset = load_problems(
-        script_args.dataset_name,
-        script_args.dataset_config,
-        script_args.dataset_train_split,
-        script_args.max_train_samples,
-        chat=tokenizer.chat_template is not None,
-    )
+    chat = tokenizer.chat_template is not None
+    name, config = script_args.dataset_name, script_args.dataset_config
+    train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
+    train_dataset = load_problems(name, config, train_split, script_args.max_train_samples, chat)
+    evaluate = training_args.eval_strategy != "no"
+    eval_dataset = load_problems(name, config, test_split, None, chat) if evaluate else None
     # `--dtype` defaults to float32: master weights in fp32 and compute in bf16, as in the paper.
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -117,7 +123,8 @@ def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args:
         model=model_args.model_name_or_path,
         reward_funcs=math_reward,
         args=training_args,
-        train_dataset=dataset,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),

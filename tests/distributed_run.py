@@ -1,5 +1,6 @@
 """One short run on each of the processes that `accelerate launch` started; what each saw goes to `OUT/rank_N.pt`."""
 
+import os
 import sys
 
 import tiny
@@ -7,12 +8,17 @@ import torch
 
 
 out, overrides = sys.argv[1], dict(pair.split("=") for pair in sys.argv[2:])
-overrides = {name: int(value) for name, value in overrides.items()}
-trainer = tiny.trainer(out, alp_sigma_lr=0.05, save_strategy="steps", save_steps=2, max_steps=2, seed=3, **overrides)
+resume = overrides.pop("resume", None)
+overrides = {"max_steps": 2} | {name: int(value) for name, value in overrides.items()}
+trainer = tiny.trainer(out, alp_sigma_lr=0.05, save_strategy="steps", save_steps=2, seed=3, **overrides)
 seeds = []
 applied = trainer.perturbation.applied
 trainer.perturbation.applied = lambda seed: seeds.append(seed) or applied(seed)
-trainer.train()
+if resume and not trainer.accelerator.is_main_process:
+    # This process does not see the files of the others, as on a machine without a shared disk.
+    isfile = os.path.isfile
+    os.path.isfile = lambda path: "alp_state" not in str(path) and isfile(path)
+trainer.train(resume_from_checkpoint=resume)
 rank = trainer.accelerator.process_index
 state = {
     "world_size": trainer.accelerator.num_processes,

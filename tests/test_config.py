@@ -55,6 +55,7 @@ def test_everything_added_starts_with_alp_and_is_documented_with_its_default():
         ({"alp_dual_clip": 1.0}, "alp_dual_clip=1.0 must be above 1"),
         ({"alp_dual_clip": float("nan")}, "alp_dual_clip=nan must be above 1"),
         ({"alp_monitor_every": -1}, "alp_monitor_every=-1"),
+        ({"alp_monitor_every": True}, "alp_monitor_every=True"),
         ({"alp_monitor_every": 0.5}, "alp_monitor_every=0.5"),
         (
             {"alp_ratio_level": "sequence", "importance_sampling_level": "sequence"},
@@ -88,6 +89,7 @@ def test_bad_values_fail_at_construction(tmp_path, settings, message):
         ({"vllm_importance_sampling_correction": True}, "INFO", "no effect without `use_vllm=True`"),
         ({"top_p": 0.9}, "WARNING", "top_p=0.9: completions are sampled from a truncated"),
         ({"top_k": 20, "min_p": 0.1}, "WARNING", "top_k=20, min_p=0.1"),
+        ({"generation_kwargs": {"top_p": 0.8}}, "WARNING", "top_p=0.8"),
         ({"repetition_penalty": 1.1}, "WARNING", "repetition_penalty=1.1"),
     ],
 )

@@ -38,3 +38,48 @@ def test_two_processes_share_sigma_and_weights_and_draw_the_noise_of_one_with_tw
     assert interleaved == single["seeds"] == [noise_seed(3, i) for i in range(4)]
     assert (tmp_path / "two" / "checkpoint-2" / "alp_state.pt").is_file()
     assert first["log"][0]["alp/kl/k3"] == second["log"][0]["alp/kl/k3"]  # statistics are over all processes
+
+
+def test_resume_on_two_processes_is_exact_also_where_one_does_not_see_the_file(tmp_path):
+    whole = launch(tmp_path / "whole", 2, max_steps=4)
+    resumed = launch(tmp_path / "resumed", 2, max_steps=4, resume=tmp_path / "whole" / "checkpoint-2")
+    for rank in range(2):
+        assert torch.equal(whole[rank]["log_sigma"], resumed[rank]["log_sigma"])
+        assert whole[rank]["seeds"][2:] == resumed[rank]["seeds"]
+        for name, weight in whole[rank]["weights"].items():
+            assert torch.equal(weight, resumed[rank]["weights"][name]), name
+
+
+def fully_sharded(rank, path):
+    """One process of two: shard a model with FSDP2 and compare with the whole model."""
+    import tiny
+    from torch.distributed import init_process_group
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    from trl_alp import LayerwisePerturbation
+
+    init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    for checkpointing in (False, True):
+        results = []
+        for shard in (False, True):
+            model = tiny.model().train()
+            perturbation = LayerwisePerturbation(model, sigma_init=0.1)
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            if shard:
+                for layer in model.model.layers:
+                    fully_shard(layer)
+                fully_shard(model)
+                assert all(isinstance(p, DTensor) for p in model.parameters())
+            with perturbation.applied(3):
+                loss = model(ids, labels=ids, use_cache=False).loss
+                loss.backward()
+            results.append((loss.detach(), perturbation.log_sigma.grad))
+        assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    torch.distributed.destroy_process_group()
+
+
+def test_loss_and_sigma_gradient_under_fsdp2_are_those_of_one_process(tmp_path):
+    torch.multiprocessing.spawn(fully_sharded, args=(tmp_path / "rendezvous",), nprocs=2)

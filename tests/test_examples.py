@@ -107,6 +107,15 @@ def test_gsm8k_problems_are_read_as_conversations_and_as_text():
     assert len(text) == 16 and text[0]["prompt"].endswith("\\boxed{}.\n")
 
 
+def test_conversational_prompts_and_slices_of_a_split_are_read(tmp_path):
+    script = load("train_alp.py")
+    rows = [{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1?"}], "answer": "2"}] * 3
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chat = script.load_problems(str(tmp_path / "x.jsonl"), None, "train[:2]", None, chat=True)
+    assert len(chat) == 2
+    assert chat[0]["prompt"][1]["content"] == "1+1?" + script.INSTRUCTION and chat[0]["solution"] == "2"
+
+
 def test_a_dataset_without_questions_is_told(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "hello"}\n')
     with pytest.raises(

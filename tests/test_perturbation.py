@@ -357,6 +357,14 @@ def test_compiled_model_meets_the_noise_of_the_eager_one_at_every_seed():
                 assert torch.equal(compiled(IDS).logits, model(IDS).logits)
 
 
+def test_a_model_with_the_noise_off_still_compiles_to_one_graph():
+    model = tiny.model()
+    perturbation = LayerwisePerturbation(model)
+    plain = model(IDS).logits
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(IDS).logits, plain)
+    assert perturbation.seed is None
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
 def test_only_the_text_tower_of_a_vision_language_model_is_perturbed(family):
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -407,6 +415,7 @@ def test_an_encoder_decoder_is_refused():
         ("0,3,7", [0, 3, 7]),
         ("last:1, 0-1, 4", [0, 1, 4, 7]),
         ([5, 2], [2, 5]),
+        (3, [3]),
     ],
 )
 def test_layers_are_read(layers, expected):
@@ -430,6 +439,8 @@ def test_layers_are_read(layers, expected):
         [1, 1],
         "0-3,2",
         "5-4",
+        "5-3,7",
+        9,
         "x",
         "first:x",
         "1-",

@@ -320,6 +320,19 @@ def test_lora_adapter_is_saved_without_anything_of_ours(tmp_path):
     assert all("lora_" in name for name in load_file(tmp_path / "saved" / "adapter_model.safetensors"))
 
 
+def test_a_rollout_func_may_score_with_the_trainer(tmp_path):
+    scored = []
+
+    def rollout(batch, trainer):
+        ids = torch.tensor([[5, 6, 7]])
+        scored.append(trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 2)[0])
+        return tiny.rollout_func()(batch, trainer)
+
+    trainer = tiny.trainer(tmp_path, rollout_func=rollout, **OFF_POLICY)
+    assert "old_per_token_logps" not in first_batch(trainer)
+    assert torch.isfinite(scored[0]).all()
+
+
 # ---- Sigma ----
 
 
@@ -377,6 +390,25 @@ def test_sigma_has_no_weight_decay_a_constant_rate_and_bounds(tmp_path):
     sigma = torch.tensor([[row["alp/sigma/min"], row["alp/sigma/max"]] for row in trainer.state.log_history[:-1]])
     assert sigma.min() >= 0.008 * (1 - 1e-5) and sigma.max() <= 0.012 * (1 + 1e-5)
     assert sigma[-1].tolist() != sigma[0].tolist()
+
+
+def test_gradient_left_by_an_interrupted_run_does_not_reach_the_next(tmp_path):
+    trainer = tiny.trainer(tmp_path)
+    trainer.perturbation.log_sigma.grad = torch.tensor([1e3, 1e3])
+    trainer.train()
+    clean = tiny.trainer(tmp_path)
+    clean.train()
+    assert torch.equal(trainer.perturbation.log_sigma, clean.perturbation.log_sigma)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_sigma_sits_out_a_step_whose_gradient_is_not_finite(tmp_path, bad):
+    trainer = tiny.trainer(tmp_path)
+    before = trainer.perturbation.log_sigma.detach().clone()
+    trainer.perturbation.log_sigma.grad = torch.tensor([bad, 1.0])
+    trainer._reduce_sigma_gradient()
+    trainer._step_sigma()
+    assert torch.equal(trainer.perturbation.log_sigma, before)
 
 
 def test_fixed_sigma_stays_fixed(tmp_path):
@@ -636,6 +668,12 @@ def test_dropout_is_warned_about_once_and_only_where_it_acts(tmp_path, caplog):
     policy = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_layer=1, n_embd=8, n_head=1, eos_token_id=1, bos_token_id=1))
     tiny.trainer(tmp_path, policy=policy)
     assert caplog.text.count("The policy has dropout (p=0.1)") == 1
+    assert "Set `disable_dropout=True`" in caplog.text
+    caplog.clear()
+    policy_with_attention_dropout = tiny.model()
+    policy_with_attention_dropout.config.attention_dropout = 0.3
+    tiny.trainer(tmp_path, policy=policy_with_attention_dropout, disable_dropout=True)
+    assert "(p=0.3)" in caplog.text and "`attention_dropout=0` in the model's config" in caplog.text
     caplog.clear()
     tiny.trainer(tmp_path, policy=policy, disable_dropout=True)
     tiny.trainer(tmp_path)
@@ -698,6 +736,24 @@ def test_staleness_counts_optimiser_steps_since_generation(tmp_path):
     trainer = tiny.trainer(tmp_path, max_steps=6, **OFF_POLICY)
     trainer.train()
     assert [row["alp/staleness"] for row in trainer.state.log_history[:-1]] == [0, 1, 2, 3, 0, 1]
+
+
+def test_staleness_goes_on_when_train_is_called_again(tmp_path):
+    trainer = tiny.trainer(tmp_path, max_steps=2, **OFF_POLICY)
+    trainer.train()
+    trainer.train()  # TRL goes on with its buffered rollouts
+    assert [row["alp/staleness"] for row in trainer.state.log_history[:-1]] == [2, 3]
+
+
+def test_under_trls_sequence_level_the_ratio_is_its_geometric_mean(tmp_path):
+    settings = {"max_steps": 1, "rollout_func": tiny.rollout_func(0.5), "loss_type": "grpo", "seed": 5}
+    rows = []
+    for level in ({"importance_sampling_level": "sequence"}, {"alp_ratio_level": "sequence_geometric"}):
+        trainer = tiny.trainer(tmp_path, **settings, **level)
+        trainer.train()
+        rows.append(trainer.state.log_history[0])
+    assert rows[0]["alp/ratio/p98"] == pytest.approx(rows[1]["alp/ratio/p98"], rel=1e-6)
+    assert rows[0]["alp/clip/low"] == pytest.approx(rows[1]["alp/clip/low"], rel=1e-6)
 
 
 def test_means_are_averaged_and_extremes_are_true_extremes_of_the_window(tmp_path):

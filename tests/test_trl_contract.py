@@ -90,6 +90,21 @@ def test_buffered_rollouts_are_used_as_they_are_saved():
     assert "return rewards_per_func" in body(GRPOTrainer._calculate_rewards)
 
 
+def test_generation_returns_the_engines_log_probs_fifth():
+    source = body(GRPOTrainer._generate)
+    assert "return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields" in source
+    assert list(inspect.signature(GRPOTrainer._generate).parameters) == ["self", "prompts"]
+
+
+def test_checkpointing_is_switched_off_for_scoring_by_trls_own_context():
+    from trl.models.utils import disable_gradient_checkpointing
+
+    assert list(inspect.signature(disable_gradient_checkpointing).parameters) == [
+        "model",
+        "gradient_checkpointing_kwargs",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

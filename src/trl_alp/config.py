@@ -96,7 +96,10 @@ class ALPGRPOConfig(GRPOConfig):
     )
     epsilon: float = field(
         default=0.5,
-        metadata={"help": "Lower clip range: the ratio is clipped below at 1 - epsilon (paper: 0.5)."},
+        metadata={
+            "help": "Lower clip range: the ratio is clipped below at 1 - epsilon (paper: 0.5). The upper one is "
+            "`epsilon_high` and does not follow it, unless that is set to null."
+        },
     )
     epsilon_high: float | None = field(
         default=3.0,
@@ -180,7 +183,7 @@ class ALPGRPOConfig(GRPOConfig):
                 f"alp_dual_clip={self.alp_dual_clip} must be above 1, or None for no bound on the ratio of tokens "
                 "with negative advantage."
             )
-        if not isinstance(self.alp_monitor_every, int) or self.alp_monitor_every < 0:
+        if type(self.alp_monitor_every) is not int or self.alp_monitor_every < 0:
             raise ValueError(
                 f"alp_monitor_every={self.alp_monitor_every} must be a whole number of optimiser steps, or 0 for off."
             )
@@ -214,13 +217,10 @@ class ALPGRPOConfig(GRPOConfig):
                 "the noise inside it, and so narrow a range may clip those instead of the update. The paper uses "
                 "`epsilon=0.5, epsilon_high=3.0`."
             )
-        truncations = {
-            "top_p": self.top_p < 1,
-            "top_k": self.top_k > 0,
-            "min_p": bool(self.min_p),
-            "repetition_penalty": self.repetition_penalty != 1,
-        }
-        if truncated := [f"{name}={getattr(self, name)}" for name, on in truncations.items() if on]:
+        sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+        sampling |= {name: value for name, value in (self.generation_kwargs or {}).items() if name in sampling}
+        full = {"top_p": (1.0, None), "top_k": (0, -1, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
+        if truncated := [f"{name}={value}" for name, value in sampling.items() if value not in full[name]]:
             logger.warning(
                 f"{', '.join(truncated)}: completions are sampled from a truncated or reweighted distribution, so the "
                 "importance ratio against it is biased by the probability mass that was cut off. For an unbiased "

@@ -15,6 +15,7 @@ costs no activation memory and the global random state is never touched. This mo
 
 import inspect
 import math
+import re
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -99,13 +100,14 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
     return next(iter(found.values()))
 
 
-def parse_layers(layers: Sequence[int] | str | None, num_layers: int) -> list[int]:
+def parse_layers(layers: Sequence[int] | int | str | None, num_layers: int) -> list[int]:
     """
     Turn a choice of layers into sorted layer indices.
 
     Args:
-        layers (`list[int]` or `str`, *optional*):
-            `None` or `"all"` for all layers, a list of indices, or a string of comma-separated parts, each of them an
+        layers (`list[int]`, `int` or `str`, *optional*):
+            `None` or `"all"` for all layers, an index or a list of them, or a string of comma-separated parts, each of
+                them an
             index (`"7"`), an inclusive range (`"0-5"`), `"first:6"` or `"last:5"`.
         num_layers (`int`):
             How many layers the model has.
@@ -119,29 +121,25 @@ def parse_layers(layers: Sequence[int] | str | None, num_layers: int) -> list[in
     has = f"the model has {num_layers} layers (0 to {num_layers - 1})"
 
     def read(part: str) -> list[int]:
-        head, _, tail = part.partition(":")
-        try:
-            if head in ("first", "last"):
-                count = int(tail)
-                if not 0 < count <= num_layers:
-                    raise ValueError(f"alp_layers={layers!r} asks for {part!r}, but {has}.")
-                return list(range(count)) if head == "first" else list(range(num_layers - count, num_layers))
-            start, dash, end = part.partition("-")
-            return list(range(int(start), int(end) + 1)) if dash else [int(part)]
-        except ValueError as error:
-            if "alp_layers" in str(error):
-                raise
+        if match := re.fullmatch(r"(first|last):(\d+)", part):
+            count = int(match[2])
+            if not 0 < count <= num_layers:
+                raise ValueError(f"alp_layers={layers!r} asks for {part!r}, but {has}.")
+            return list(range(count)) if match[1] == "first" else list(range(num_layers - count, num_layers))
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise ValueError(
                 f"alp_layers={layers!r} cannot be read at {part!r}. Use indices and inclusive ranges (`'0-5,7'`), "
                 f"`'first:6'`, `'last:5'`, a list of integers, or None for all layers; {has}."
-            ) from None
+            )
+        return list(range(int(match[1]), int(match[2] or match[1]) + 1))
 
     if layers is None or layers == "all":
         return list(range(num_layers))
     if isinstance(layers, str):
         indices = [index for part in layers.split(",") if part.strip() for index in read(part.strip())]
     else:
-        indices = list(layers)
+        indices = [layers] if isinstance(layers, int) else list(layers)
         if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
             raise ValueError(f"alp_layers={layers!r} must hold integers only; {has}.")
     if not indices:
@@ -201,24 +199,35 @@ class _InputHook:
     carries an inert hook, so no copy is ever perturbed.
     """
 
-    def __init__(self, perturbation: "LayerwisePerturbation | None" = None, position: int = 0, input_name: str = ""):
-        self.perturbation = weakref.ref(perturbation) if perturbation is not None else lambda: None
+    def __init__(self, perturbation: "LayerwisePerturbation", position: int, input_name: str):
+        self.perturbation = weakref.ref(perturbation)
+        self.switch = perturbation.switch
         self.position = position
         self.input_name = input_name
 
     def __reduce__(self):
-        return (_InputHook, ())
+        return (_inert_hook, ())
 
-    # Opaque to `torch.compile`: a Python-int seed would recompile at every step, and a generator breaks the graph.
-    @torch.compiler.disable
+    # With the noise off `torch.compile` sees a hook that does nothing, and the model stays one graph.
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        perturbation = self.perturbation()
-        if perturbation is None or perturbation.seed is None:
-            return None
+        return self.perturb_input(args, kwargs) if self.switch["on"] else None
+
+    # With the noise on the graph breaks here: a Python-int seed would recompile at every step, and a generator cannot
+    # be traced.
+    @torch.compiler.disable
+    def perturb_input(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        perturb = self.perturbation().perturb
         if args:
-            return (perturbation.perturb(args[0], self.position), *args[1:]), kwargs
-        hidden = kwargs[self.input_name]
-        return args, {**kwargs, self.input_name: perturbation.perturb(hidden, self.position)}
+            return (perturb(args[0], self.position), *args[1:]), kwargs
+        return args, {**kwargs, self.input_name: perturb(kwargs[self.input_name], self.position)}
+
+
+def _inert_hook():
+    return _do_nothing
+
+
+def _do_nothing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    return None
 
 
 class LayerwisePerturbation(nn.Module):
@@ -297,6 +306,7 @@ class LayerwisePerturbation(nn.Module):
         self.register_buffer("noise_power", torch.zeros(*size, 2), persistent=False)
         self.hidden_dtype: torch.dtype | None = None  # of the latest perturbed forward
         self.seed: int | None = None
+        self.switch = {"on": False}  # shared with the hooks
         handles = []
         for position, index in enumerate(self.layer_indices):
             layer = decoder_layers[index]
@@ -325,12 +335,12 @@ class LayerwisePerturbation(nn.Module):
         """
         if self.seed is not None:
             raise RuntimeError("`applied` is already active; leave the outer context first.")
-        self.seed = int(seed)
+        self.seed, self.switch["on"] = int(seed), True
         self.noise_power.zero_()
         try:
             yield
         finally:
-            self.seed = None
+            self.seed, self.switch["on"] = None, False
 
     def perturb(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
         """Add the noise of the perturbed layer at `position` to its input.  # (B, T, H) -> (B, T, H)"""

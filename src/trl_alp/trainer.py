@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from transformers import TrainerCallback
 from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
 from .config import ALPGRPOConfig
 from .perturbation import LayerwisePerturbation, noise_seed
@@ -135,14 +136,15 @@ class ALPGRPOTrainer(GRPOTrainer):
         self.sigma_optimizer: torch.optim.Adam | None = None
         if self.perturbation.log_sigma.requires_grad:
             self.sigma_optimizer = torch.optim.Adam([self.perturbation.log_sigma], lr=args.alp_sigma_lr)
-            self.add_callback(_SigmaStep(self))
+        self.add_callback(_OptimizerStep(self))
         self._warn_about_dropout()
 
         self._micro_batches = 0  # perturbed micro-batches so far over the whole run and all processes; seeds the noise
         self._update: _Update | None = None  # the update whose loss is being computed
         self._noise_scope: ExitStack | None = None  # closes when the backward of the update has finished
         self._skip_scoring = False  # answer TRL's next scoring pass, the old policy's, with nothing
-        self._generated_at = 0  # optimiser step at which the buffered rollouts were generated
+        self._updates = 0  # optimiser steps so far; unlike `state.global_step` it goes on when `train` is called again
+        self._generated_at = 0  # of them, when the buffered rollouts were generated
         self._warned: set[str] = set()
 
     # ---- The method ----
@@ -198,11 +200,11 @@ class ALPGRPOTrainer(GRPOTrainer):
         inputs["sampling_per_token_logps"] = behaviour_logps
         if not self.model.training:
             return
-        self._record("alp", raw.detach(), gap.detach(), unscored)
+        self._record("alp", gap.detach(), unscored)
         self._record_perturbation()
         if noise_off_logps is not None:
             gap = log_probability_gap(noise_off_logps, behaviour_logps, mask)
-            self._record("alp/noise_off", raw_log_ratio(gap, mask, level), gap, unscored)
+            self._record("alp/noise_off", gap, unscored)
 
     @contextmanager
     def _dual_clip(self, advantages: torch.Tensor) -> Iterator[None]:
@@ -228,25 +230,29 @@ class ALPGRPOTrainer(GRPOTrainer):
 
     # ---- The behaviour policy ----
 
+    def _generate(self, prompts):
+        output = super()._generate(prompts)
+        # TRL scores the old policy next where a batch of rollouts outlives an optimiser step. With the engine's
+        # log-probs at hand that forward is needless.
+        engine_logps = output[4]
+        self._skip_scoring = engine_logps is not None and not self._is_aligned()
+        return output
+
+    def _is_aligned(self) -> bool:
+        """Whether every batch of rollouts is used up by one optimiser step."""
+        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0
+
     def _generate_and_score_completions(self, inputs):
-        training = self.model.training
-        # TRL scores the old policy when a batch of rollouts outlives an optimiser step. With the engine's log-probs at
-        # hand that forward is needless.
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        aligned = self.args.gradient_accumulation_steps % generate_every == 0
-        engine = self.use_vllm or self.rollout_func is not None
-        self._skip_scoring = engine and not aligned
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
             self._skip_scoring = False
-        if training:
-            self._generated_at = self.state.global_step
-        # TRL's shortcut for aligned batches, "the old policy is the current one", would take the perturbed policy.
-        perturbed = training and self.args.alp_enabled
-        scored = "sampling_per_token_logps" in output or "old_per_token_logps" in output
-        if not scored and (perturbed or not aligned):
-            output["old_per_token_logps"] = self._score_rollouts(output)
+        if self.model.training:
+            self._generated_at = self._updates
+            # TRL's shortcut for aligned batches, "the old policy is the current one", would take the perturbed policy.
+            scored = "sampling_per_token_logps" in output or "old_per_token_logps" in output
+            if self.args.alp_enabled and not scored:
+                output["old_per_token_logps"] = self._score_rollouts(output)
         return output
 
     def _calculate_rewards(self, *args, **kwargs):
@@ -281,15 +287,15 @@ class ALPGRPOTrainer(GRPOTrainer):
                 "image_position_ids",
             )
         }
-        training = self.model.training
-        logps, _, _ = self._get_per_token_logps_and_entropies(
-            self.model,
-            torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
-            torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
-            output["completion_ids"].size(1),
-            batch_size=self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size,
-            **model_inputs,
-        )
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logps, _, _ = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                output["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+                **model_inputs,
+            )
         return logps
 
     def _monitor_is_due(self) -> bool:
@@ -303,7 +309,10 @@ class ALPGRPOTrainer(GRPOTrainer):
         kwargs.update(compute_entropy=False, compute_aux_loss=False)
         device = self.accelerator.device
         # A policy with dropout draws from the global generator; looking must not change the run.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)[0]
 
     def _check_behaviour_policy(self) -> None:
@@ -318,12 +327,20 @@ class ALPGRPOTrainer(GRPOTrainer):
                 )
 
     def _warn_about_dropout(self) -> None:
-        dropout = [m.p for m in self.model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
-        if dropout and self.args.alp_enabled:
-            logger.warning(
-                f"The policy has dropout (p={max(dropout)}) and disable_dropout=False: dropout makes the ratio noisy "
-                "by an amount nobody trains, on top of ALP's perturbation. Set `disable_dropout=True`."
-            )
+        config = self.model.config.get_text_config()
+        rates = {
+            "`disable_dropout=True`": max(
+                (m.p for m in self.model.modules() if isinstance(m, torch.nn.Dropout)), default=0
+            ),
+            # Applied by the attention function, out of reach of `disable_dropout`.
+            "`attention_dropout=0` in the model's config": getattr(config, "attention_dropout", 0) or 0,
+        }
+        for way_out, rate in rates.items():
+            if rate > 0 and self.args.alp_enabled:
+                logger.warning(
+                    f"The policy has dropout (p={rate}), which makes the importance ratio noisy by an amount nobody "
+                    f"trains, on top of ALP's perturbation. Set {way_out}."
+                )
 
     # ---- Sigma: seeds, optimiser, state ----
 
@@ -333,16 +350,18 @@ class ALPGRPOTrainer(GRPOTrainer):
         return seed
 
     def _reduce_sigma_gradient(self) -> None:
-        """Average sigma's gradient over processes, unscaled, bounded in norm like the policy's and finite."""
+        """Average sigma's gradient over processes, free it of the loss scale and bound its norm like the policy's."""
         log_sigma = self.perturbation.log_sigma
         gradient = torch.zeros_like(log_sigma) if log_sigma.grad is None else log_sigma.grad
         gradient = self.accelerator.reduce(gradient, reduction="mean")
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
             gradient = gradient / scaler.get_scale()
-        log_sigma.grad = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-        norm = torch.nn.utils.clip_grad_norm_([log_sigma], self.args.max_grad_norm or torch.inf)
-        self._metrics["train"]["alp/sigma/grad_norm"].append(norm.item())
+        log_sigma.grad = gradient
+        norm = torch.nn.utils.clip_grad_norm_([log_sigma], self.args.max_grad_norm or torch.inf).item()
+        if not math.isfinite(norm):
+            log_sigma.grad = None  # sigma sits this step out
+        self._metrics["train"]["alp/sigma/grad_norm"].append(norm)
 
     def _step_sigma(self) -> None:
         if not self.accelerator.optimizer_step_was_skipped:
@@ -356,6 +375,7 @@ class ALPGRPOTrainer(GRPOTrainer):
         os.makedirs(output_dir, exist_ok=True)  # a process may get here before the one that saves the model
         rollouts = {
             "step": self._step,
+            "updates": self._updates,
             "generated_at": self._generated_at,
             "buffered_inputs": self._buffered_inputs,
             "num_processes": self.accelerator.num_processes,
@@ -381,8 +401,9 @@ class ALPGRPOTrainer(GRPOTrainer):
 
     def _load_rollouts(self, path: str) -> None:
         """Take up the buffered rollouts where the checkpoint was written; TRL alone would sample anew."""
-        rollouts = _load(path, "start from freshly sampled rollouts") if os.path.isfile(path) else None
-        if rollouts is None or rollouts["num_processes"] != self.accelerator.num_processes:
+        rollouts = _load(path, "start from freshly sampled rollouts")
+        found = rollouts is not None and rollouts["num_processes"] == self.accelerator.num_processes
+        if not all(gather_object([found])):
             logger.warning(
                 f"No buffered rollouts of {self.accelerator.num_processes} process(es) at {path}: the run goes on "
                 "with freshly sampled ones, and equals an uninterrupted run only if the checkpoint was written when "
@@ -390,19 +411,20 @@ class ALPGRPOTrainer(GRPOTrainer):
             )
             return
         self._step = rollouts["step"]
-        self._generated_at = rollouts["generated_at"]
+        self._updates, self._generated_at = rollouts["updates"], rollouts["generated_at"]
         if rollouts["buffered_inputs"] is not None:
             self._buffered_inputs = send_to_device(rollouts["buffered_inputs"], self.accelerator.device)
 
     def _load_sigma(self, path: str) -> None:
         initial = f"start sigma from alp_sigma_init={self.args.alp_sigma_init}"
-        if not os.path.isfile(path):
+        # Read once for all processes: one that did not see the file would go on with another sigma.
+        (state,) = broadcast_object_list([_load(path, initial) if self.accelerator.is_main_process else None])
+        if state is None:
             logger.warning(
                 f"The checkpoint has no {STATE_NAME} ({path}), so it was not written by ALP or with "
                 f"`save_only_model=True`. The run will {initial}; to go on from another value, set `alp_sigma_init`."
             )
             return
-        state = _load(path, initial)
         for name in ("num_layers", "layer_indices", "noise_scale"):
             saved, current = state[name], getattr(self.perturbation, name)
             if saved != current:
@@ -421,12 +443,15 @@ class ALPGRPOTrainer(GRPOTrainer):
 
     # ---- Metrics ----
 
-    def _record(self, prefix: str, raw: torch.Tensor, gap: torch.Tensor, unscored: torch.Tensor) -> None:
+    def _record(self, prefix: str, gap: torch.Tensor, unscored: torch.Tensor) -> None:
         """Append the statistics of one micro-batch, over all processes.
 
-        `raw` (B, T): log ratio at the level in use, before the clamp; `gap` (B, T): per-token log-prob gap; `unscored`
-        (B, T): tokens whose behaviour log-prob is not finite.
+        `gap` (B, T): per-token log-prob gap; `unscored` (B, T): tokens whose behaviour log-prob is not finite.
         """
+        # TRL's own sequence level makes the geometric mean of the token ratios.
+        geometric = self.importance_sampling_level == "sequence"
+        level = "sequence_geometric" if geometric else self.args.alp_ratio_level
+        raw = raw_log_ratio(gap, self._update.mask, level)
         advantages = self._update.inputs["advantages"]
         advantages = advantages if advantages.dim() > 1 else advantages.unsqueeze(1)
         ratio = raw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -444,18 +469,17 @@ class ALPGRPOTrainer(GRPOTrainer):
         packed = self.accelerator.gather(self.accelerator.pad_across_processes(packed, dim=1))  # (N, T, 7)
         raw, gap, mask = packed[..., :3].unbind(-1)
         unscored, low, high, dual = packed[mask.bool()][:, 3:].unbind(-1)
-        statistics = ratio_statistics(ratio_units(raw, mask, self.args.alp_ratio_level))
+        statistics = ratio_statistics(ratio_units(raw, mask, level))
         statistics |= kl_estimates(gap[mask.bool()])
         statistics["unscored_tokens"] = unscored.sum()
-        # TRL's sequence level clips another ratio; its own `clip_ratio/` metrics tell of that one.
-        clips = self.loss_type in _CLIPPED_LOSSES and self.importance_sampling_level == "token"
+        clips = self.loss_type in _CLIPPED_LOSSES
         if clips:
             statistics |= {"clip/low": low.mean(), "clip/high": high.mean(), "clip/dual": dual.mean()}
         values = dict(zip(statistics, torch.stack(list(statistics.values())).tolist(), strict=True))
         for name, value in values.items():
             self._metrics["train"][f"{prefix}/{name}"].append(value)
         if prefix == "alp":
-            staleness = self.state.global_step - self._generated_at
+            staleness = self._updates - self._generated_at
             self._metrics["train"]["alp/staleness"].append(staleness)
             if clips and staleness == 0:
                 self._warn_about_clipped_mismatch(values["clip/low"] + values["clip/high"])
@@ -463,7 +487,8 @@ class ALPGRPOTrainer(GRPOTrainer):
     def _record_perturbation(self) -> None:
         if not self.args.alp_enabled:
             return
-        sigma, effective = torch.stack([self.perturbation.sigma, self.perturbation.effective_noise()]).tolist()
+        sigma = self.perturbation.sigma.tolist()
+        effective = self.accelerator.gather(self.perturbation.effective_noise()).tolist()  # of each process and layer
         metrics = self._metrics["train"]
         for name, values in (("sigma", sigma), ("noise/effective", effective)):
             metrics[f"alp/{name}/mean"].append(sum(values) / len(values))
@@ -471,8 +496,11 @@ class ALPGRPOTrainer(GRPOTrainer):
             metrics[f"alp/{name}/max"].append(max(values))
         for index, value in zip(self.perturbation.layer_indices, sigma, strict=True):
             metrics[f"alp/sigma/layer_{index:02d}"].append(value)
+        processes = self.accelerator.num_processes
         inert = [
-            i for i, value in zip(self.perturbation.layer_indices, effective, strict=True) if value < _INERT_NOISE
+            index
+            for index, value in zip(self.perturbation.layer_indices * processes, effective, strict=True)
+            if value < _INERT_NOISE
         ]
         if inert and "inert" not in self._warned:
             self._warned.add("inert")
@@ -480,7 +508,7 @@ class ALPGRPOTrainer(GRPOTrainer):
             logger.warning(
                 f"The noise is lost in rounding: in {dtype}, with sigma between {min(sigma):.3g} and {max(sigma):.3g} "
                 f"(alp_noise_scale={self.args.alp_noise_scale!r}), less than {_INERT_NOISE:.0%} of it reaches the "
-                f"input of the layers {inert}. Raise `alp_sigma_init` (and `alp_sigma_min`), use "
+                f"input of the layers {sorted(set(inert))}. Raise `alp_sigma_init` (and `alp_sigma_min`), use "
                 "`alp_noise_scale='rms'`, or train with fp32 weights and bf16 autocast, which keep the residual "
                 "stream in fp32."
             )
@@ -515,18 +543,25 @@ class _Update:
         self.mask = completion_mask if tool_mask is None else completion_mask * tool_mask  # (B, T)
 
 
-class _SigmaStep(TrainerCallback):
-    """Steps sigma's optimiser exactly when the policy's steps."""
+class _OptimizerStep(TrainerCallback):
+    """Counts the policy's optimiser steps, and steps sigma's optimiser exactly then."""
 
     def __init__(self, trainer: ALPGRPOTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # An interrupted run may have left gradient behind; the Trainer clears the policy's here.
+        self.trainer.perturbation.zero_grad()
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         # Before the policy's step, since the gradient scaler changes its scale after it.
-        self.trainer._reduce_sigma_gradient()
+        if self.trainer.sigma_optimizer is not None:
+            self.trainer._reduce_sigma_gradient()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer._step_sigma()
+        self.trainer._updates += 1
+        if self.trainer.sigma_optimizer is not None:
+            self.trainer._step_sigma()
 
 
 def _save(state: dict[str, Any], path: str) -> None:
@@ -535,7 +570,9 @@ def _save(state: dict[str, Any], path: str) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def _load(path: str, otherwise: str) -> dict[str, Any]:
+def _load(path: str, otherwise: str) -> dict[str, Any] | None:
+    if not os.path.isfile(path):
+        return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
