@@ -10,7 +10,30 @@ import torch
 out, overrides = sys.argv[1], dict(pair.split("=") for pair in sys.argv[2:])
 resume = overrides.pop("resume", None)
 overrides = {"max_steps": 2} | {name: int(value) for name, value in overrides.items()}
-trainer = tiny.trainer(out, alp_sigma_lr=0.05, save_strategy="steps", save_steps=2, seed=3, **overrides)
+overrides["alp_enabled"] = bool(overrides.get("alp_enabled", True))
+extra = {}
+if overrides.pop("fixed_rollouts", 0):
+    # The same completions in the same order on any number of processes.
+    import trl.trainer.grpo_trainer
+
+    trl.trainer.grpo_trainer.shuffle_sequence_dict = lambda batch: batch
+    masked_rank = overrides.pop("masked_rank", None)
+
+    def rollout(prompts, trainer):
+        completion_ids = []
+        for i, prompt in enumerate(prompts):
+            generator = torch.Generator().manual_seed(hash((prompt, i % 4)) % 2**32)
+            completion_ids.append(torch.randint(3, 13, (2 + i % 4,), generator=generator).tolist())
+        env_mask = [[int(trainer.accelerator.process_index != masked_rank)] * len(ids) for ids in completion_ids]
+        return {
+            "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+            "completion_ids": completion_ids,
+            "logprobs": [[-3.0 - 0.1 * token for token in ids] for ids in completion_ids],
+            "env_mask": env_mask,
+        }
+
+    extra["rollout_func"] = rollout
+trainer = tiny.trainer(out, **extra, alp_sigma_lr=0.05, save_strategy="steps", save_steps=2, seed=3, **overrides)
 seeds = []
 applied = trainer.perturbation.applied
 trainer.perturbation.applied = lambda seed: seeds.append(seed) or applied(seed)

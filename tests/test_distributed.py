@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from trl_alp.perturbation import noise_seed
@@ -19,6 +20,7 @@ def launch(out, processes, **overrides):
         "ACCELERATE_USE_CPU": "true",
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "0",
         "PYTHONPATH": str(HERE),
     }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -48,6 +50,34 @@ def test_resume_on_two_processes_is_exact_also_where_one_does_not_see_the_file(t
         assert whole[rank]["seeds"][2:] == resumed[rank]["seeds"]
         for name, weight in whole[rank]["weights"].items():
             assert torch.equal(weight, resumed[rank]["weights"][name]), name
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_one_process_with_two_steps_and_two_with_one_train_alike(tmp_path, enabled):
+    settings = {"fixed_rollouts": 1, "alp_enabled": int(enabled), "alp_monitor_every": 1, "max_steps": 3}
+    two, _ = launch(tmp_path / "two", 2, **settings)
+    (one,) = launch(tmp_path / "one", 1, gradient_accumulation_steps=2, **settings)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-5)
+    torch.testing.assert_close(two["log_sigma"], one["log_sigma"], rtol=0, atol=1e-5)
+    for ours, theirs in zip(two["log"][:3], one["log"][:3], strict=True):
+        assert abs(ours["loss"] - theirs["loss"]) < 1e-5
+        assert abs(ours["alp/kl/k3"] - theirs["alp/kl/k3"]) < 1e-5
+
+
+def test_a_process_whose_micro_batch_is_all_masked_does_not_hang_the_others(tmp_path):
+    first, second = launch(tmp_path, 2, fixed_rollouts=1, masked_rank=1, alp_monitor_every=1)
+    assert torch.equal(first["log_sigma"], second["log_sigma"]) and torch.isfinite(first["log_sigma"]).all()
+    assert all(torch.isfinite(weight).all() for weight in first["weights"].values())
+
+
+def test_a_checkpoint_of_two_processes_resumes_on_one(tmp_path):
+    launch(tmp_path / "two", 2)
+    (one,) = launch(
+        tmp_path / "one", 1, max_steps=4, gradient_accumulation_steps=2, resume=tmp_path / "two" / "checkpoint-2"
+    )
+    assert one["seeds"] == [noise_seed(3, i) for i in range(4, 8)]  # no seed of the first half again
+    assert [row["step"] for row in one["log"][:4]] == [1, 2, 3, 4]
 
 
 def fully_sharded(rank, path):

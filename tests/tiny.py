@@ -94,7 +94,7 @@ def trainer(
     output_dir, trainer_class=ALPGRPOTrainer, policy=None, args=None, reward=count_digits, config_class=None, **kwargs
 ):
     """A trainer on a tiny model. Keyword arguments go to the config, but for those the trainer takes."""
-    names = {"train_dataset", "eval_dataset", "peft_config", "rollout_func", "callbacks", "tools", "optimizers"}
+    names = {"train_dataset", "eval_dataset", "peft_config", "rollout_func", "callbacks", "reward_processing_classes"}
     trainer_kwargs = {name: kwargs.pop(name) for name in names & kwargs.keys()}
     if args is None:
         config_class = config_class or (ALPGRPOConfig if issubclass(trainer_class, ALPGRPOTrainer) else GRPOConfig)
