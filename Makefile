@@ -23,7 +23,8 @@ test-slow: $(VENV)/.ready  ## The slow ones
 # Gradient checkpointing runs layer hooks again in transformers 5.17 and no longer does in 5.23: the method is tested on
 # both ends of the supported range. The older one needs an older huggingface_hub, hence an environment of its own.
 test-compat: $(VENV)-oldest/.ready  ## The method on the oldest transformers
-	$(VENV)-oldest/bin/python -m pytest tests/test_perturbation.py tests/test_loss.py tests/test_trainer.py
+	$(VENV)-oldest/bin/python -m pytest \
+		tests/test_perturbation.py tests/test_families.py tests/test_loss.py tests/test_trainer.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -184,6 +184,19 @@ def test_gradient_checkpointing_meets_the_same_noise(family, use_reentrant):
     assert (gradients[0][0] != 0).all()
 
 
+def test_layer_input_is_perturbed_also_where_it_comes_as_a_keyword():
+    model = tiny.model()
+    perturbation = LayerwisePerturbation(model, sigma_init=0.1)
+    hidden = torch.randn(1, 3, 32)
+    rotary = model.model.rotary_emb(hidden, torch.arange(3)[None])
+    layer = model.model.layers[0]
+    with torch.no_grad(), perturbation.applied(4):
+        by_position = layer(hidden, position_embeddings=rotary)
+        by_keyword = layer(hidden_states=hidden, position_embeddings=rotary)
+    assert torch.equal(by_position, by_keyword)
+    assert not torch.equal(by_position, layer(hidden, position_embeddings=rotary))
+
+
 def test_global_random_state_is_untouched():
     model = tiny.model()
     perturbation = LayerwisePerturbation(model)

@@ -82,7 +82,10 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"{type(base).__name__} is an encoder-decoder (`config.is_encoder_decoder=True`). ALP is defined for "
             "decoder-only language models; use one of those."
         )
-    num_layers = getattr(base.config.get_text_config(), "num_hidden_layers", None)
+    text_config = base.config.get_text_config()
+    num_layers = getattr(text_config, "num_hidden_layers", None)
+    if getattr(text_config, "model_type", None) == "longcat_flash":  # there it counts attentions, two to a layer
+        num_layers = text_config.num_layers
     decoder = base.get_decoder()
     found: dict[str, nn.ModuleList] = {}
     for name, module in decoder.named_modules():

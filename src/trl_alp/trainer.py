@@ -490,7 +490,9 @@ class ALPGRPOTrainer(GRPOTrainer):
         sigma = self.perturbation.sigma.tolist()
         effective = self.accelerator.gather(self.perturbation.effective_noise()).tolist()  # of each process and layer
         metrics = self._metrics["train"]
-        for name, values in (("sigma", sigma), ("noise/effective", effective)):
+        # Layers that did not run have none, as the cross-attention layers of some models without an image.
+        known = [value for value in effective if not math.isnan(value)] or [math.nan]
+        for name, values in (("sigma", sigma), ("noise/effective", known)):
             metrics[f"alp/{name}/mean"].append(sum(values) / len(values))
             metrics[f"alp/{name}/min"].append(min(values))
             metrics[f"alp/{name}/max"].append(max(values))
