@@ -1,3 +1,4 @@
+import gc
 import json
 import math
 import os
@@ -142,6 +143,36 @@ def test_noise_is_on_in_every_update_and_off_in_every_other_forward(tmp_path, mo
     trainer.train()
     assert all(with_gradient == noise for with_gradient, noise in seen)
     assert sum(noise for _, noise in seen) == 2
+
+
+def test_two_trainers_in_one_process_do_not_disturb_each_other(tmp_path):
+    alone = tiny.trainer(tmp_path / "alone")
+    alone.train()
+    first, second = (
+        tiny.trainer(tmp_path / "first"),
+        tiny.trainer(tmp_path / "second", alp_sigma_init=0.1, max_steps=1),
+    )
+
+    class Interleave(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with torch.random.fork_rng():
+                second.train()
+
+    first.add_callback(Interleave())
+    first.train()
+    assert second.state.global_step == 1
+    assert_equal(tiny.parameters(first.model), tiny.parameters(alone.model))
+    assert torch.equal(first.perturbation.log_sigma, alone.perturbation.log_sigma)
+
+
+def test_hooks_leave_no_trace_when_the_trainer_is_gone(tmp_path):
+    policy = tiny.model()
+    trainer = tiny.trainer(tmp_path, policy=policy)
+    trainer.train()
+    assert any(module._forward_pre_hooks for module in policy.modules())
+    del trainer
+    gc.collect()
+    assert not any(module._forward_pre_hooks for module in policy.modules())
 
 
 # ---- The method ----
