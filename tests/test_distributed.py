@@ -80,16 +80,33 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(tmp_path):
     assert [row["step"] for row in one["log"][:4]] == [1, 2, 3, 4]
 
 
-def fully_sharded(rank, path):
-    """One process of two: shard a model with FSDP2 and compare with the whole model."""
-    import tiny
-    from torch.distributed import init_process_group
+def sharded_by(version, model):
+    if version == "FSDP1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        policy = ModuleWrapPolicy({type(model.model.layers[0])})
+        size = sum(p.numel() for p in model.parameters())
+        model = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+        assert sum(p.numel() for p in model.parameters()) < 0.6 * size  # each process holds half of it
+        return model
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    return model
+
+
+def compare_with_one_process(rank, version, path):
+    """One process of two: shard a model, and compare its loss and sigma's gradient with the whole model's."""
+    import tiny
+
     from trl_alp import LayerwisePerturbation
 
-    init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     for checkpointing in (False, True):
         results = []
@@ -99,10 +116,7 @@ def fully_sharded(rank, path):
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             if shard:
-                for layer in model.model.layers:
-                    fully_shard(layer)
-                fully_shard(model)
-                assert all(isinstance(p, DTensor) for p in model.parameters())
+                model = sharded_by(version, model)
             with perturbation.applied(3):
                 loss = model(ids, labels=ids, use_cache=False).loss
                 loss.backward()
@@ -111,5 +125,7 @@ def fully_sharded(rank, path):
     torch.distributed.destroy_process_group()
 
 
-def test_loss_and_sigma_gradient_under_fsdp2_are_those_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(fully_sharded, args=(tmp_path / "rendezvous",), nprocs=2)
+# Through accelerate a run on a CPU silently becomes DDP, so the model is sharded here by hand.
+@pytest.mark.parametrize("version", ["FSDP1", "FSDP2"])
+def test_loss_and_sigma_gradient_under_fsdp_are_those_of_one_process(tmp_path, version):
+    torch.multiprocessing.spawn(compare_with_one_process, args=(version, tmp_path / "rendezvous"), nprocs=2)
