@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from test_perturbation import add_by_hand
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -193,6 +195,8 @@ def build(family):
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
+    if request.param == "longcat_flash" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("the plain model has NaN gradients in transformers 5.17")
     return request.param
 
 

@@ -5,7 +5,9 @@ import math
 import pytest
 import tiny
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -115,6 +117,8 @@ FEATURES = {
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature_trains_policy_and_sigma_with_alp_on(tmp_path, feature):
+    if feature == "MoE auxiliary loss" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("stock TRL fails on it with transformers 5.17")
     settings = {"max_steps": 2, "alp_monitor_every": 1, "learning_rate": 1e-2} | FEATURES[feature]
     made = {
         name: value() for name, value in settings.items() if callable(value) and name not in ("reward", "rollout_func")
