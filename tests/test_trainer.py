@@ -607,6 +607,14 @@ def test_empty_completion_from_a_rollout_func_is_a_value_error(tmp_path):
         trainer.train()
 
 
+def test_empty_prompt_from_a_rollout_func_is_a_value_error(tmp_path):
+    def rollout(batch, trainer):
+        return tiny.rollout_func()(batch, trainer) | {"prompt_ids": [[] for _ in batch]}
+
+    with pytest.raises(ValueError, match=r"empty prompt \(in `prompt_ids`\)"):
+        tiny.trainer(tmp_path, rollout_func=rollout).train()
+
+
 def test_too_few_log_probs_from_a_rollout_func_are_a_value_error(tmp_path):
     trainer = tiny.trainer(tmp_path, rollout_func=edited(lambda ids, logps: (ids, [row[:-1] for row in logps])))
     with pytest.raises(ValueError, match=r"returned \d `logprobs` for the \d tokens of `completion_ids"):

@@ -590,6 +590,11 @@ def _checked(rollout_func: Callable) -> Callable:
     def checked(prompts, trainer):
         output = rollout_func(prompts, trainer)
         completions, logprobs = output.get("completion_ids"), output.get("logprobs")
+        if any(len(prompt) == 0 for prompt in output.get("prompt_ids") or []):
+            raise ValueError(
+                "rollout_func returned an empty prompt (in `prompt_ids`). The first token of its completion would be "
+                "scored from padding; return at least one token, for example the beginning-of-sequence token."
+            )
         for index, completion in enumerate(completions or []):
             if len(completion) == 0:
                 raise ValueError(
