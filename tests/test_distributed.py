@@ -62,7 +62,10 @@ def test_one_process_with_two_steps_and_two_with_one_train_alike(tmp_path, enabl
     torch.testing.assert_close(two["log_sigma"], one["log_sigma"], rtol=0, atol=1e-5)
     for ours, theirs in zip(two["log"][:3], one["log"][:3], strict=True):
         assert abs(ours["loss"] - theirs["loss"]) < 1e-5
-        assert abs(ours["alp/kl/k3"] - theirs["alp/kl/k3"]) < 1e-5
+        pooled = [name for name in ours if name.startswith("alp/") and "noise" not in name and "reward" not in name]
+        assert len(pooled) > 40
+        for name in pooled:  # the same tokens, however they are spread over processes
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
 
 
 def test_a_process_whose_micro_batch_is_all_masked_does_not_hang_the_others(tmp_path):

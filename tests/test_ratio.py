@@ -1,18 +1,13 @@
 import math
 
-import numpy as np
 import pytest
 import reference
 import torch
 
 from trl_alp.ratio import (
     LEVELS,
-    kl_estimates,
     log_importance_ratio,
     log_probability_gap,
-    percentiles,
-    ratio_statistics,
-    ratio_units,
     turns_from_mask,
 )
 
@@ -110,54 +105,6 @@ def test_unknown_level_names_the_known_ones():
     p, q = logps()
     with pytest.raises(ValueError, match=r"alp_ratio_level='sentence' is unknown.*'sequence_geometric'"):
         log_importance_ratio(p, q, torch.ones(2, 6), "sentence")
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 1000])
-def test_percentiles_equal_numpy(count):
-    values = torch.randn(count, generator=torch.Generator().manual_seed(count))
-    np.testing.assert_allclose(percentiles(values), np.percentile(values, [2, 25, 50, 75, 98]), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_statistics_count_each_unit_once_with_ragged_masks_and_holes(level):
-    for name in ("ragged", "holes", "one_row_empty"):
-        mask = torch.tensor(MASKS[name])
-        p, q = logps(spread=0.5)
-        rows = reference.log_ratio(p, q, mask, level)
-        units = [float(u.detach()) for row in rows for u in row if u is not None]
-        if level.startswith("sequence"):
-            units = [
-                float(next(u for u in row if u is not None).detach())
-                for row in rows
-                if any(u is not None for u in row)
-            ]
-        u = log_importance_ratio(p, q, mask, level).detach()
-        statistics = ratio_statistics(ratio_units(u, mask, level))
-        ratio = np.exp(units)
-        assert statistics["ratio/p98"].item() == pytest.approx(np.percentile(ratio, 98))
-        assert statistics["log_ratio/p02"].item() == pytest.approx(np.percentile(units, 2))
-        assert statistics["ratio/min"].item() == pytest.approx(ratio.min())
-        assert statistics["log_ratio/max"].item() == pytest.approx(max(units))
-        assert statistics["ess"].item() == pytest.approx(ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()))
-        assert statistics["chi2"].item() == pytest.approx((ratio**2).mean() - 1)
-
-
-def test_statistics_of_nothing_are_nan_and_of_huge_gaps_finite():
-    nothing = ratio_statistics(torch.zeros(0)) | kl_estimates(torch.zeros(0))
-    assert all(math.isnan(value) for value in nothing.values())
-    huge = torch.tensor([1e4, -1e4, 0.0])
-    assert all(math.isfinite(value) for value in (ratio_statistics(huge) | kl_estimates(huge)).values())
-    assert ratio_statistics(huge)["log_ratio/max"] == 1e4  # raw, not clamped
-
-
-def test_kl_estimates_approach_the_exact_divergence():
-    torch.manual_seed(0)
-    behaviour, policy = torch.randn(2, 5, dtype=torch.float64).log_softmax(-1)
-    tokens = torch.multinomial(behaviour.exp(), 200_000, replacement=True)
-    estimates = kl_estimates((policy - behaviour)[tokens])
-    exact = (behaviour.exp() * (behaviour - policy)).sum()
-    assert estimates["kl/k1"].item() == pytest.approx(exact.item(), rel=0.03)
-    assert estimates["kl/k3"].item() == pytest.approx(exact.item(), rel=0.03)
 
 
 def test_gap_is_zero_outside_the_mask():

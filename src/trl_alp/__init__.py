@@ -4,8 +4,8 @@
 from .config import ALPGRPOConfig
 from .perturbation import LayerwisePerturbation
 from .ratio import log_importance_ratio
-from .trainer import ALPGRPOTrainer
+from .trainer import ALPGRPOTrainer, instrument
 
 
 __version__ = "0.1.0"
-__all__ = ["ALPGRPOConfig", "ALPGRPOTrainer", "LayerwisePerturbation", "log_importance_ratio"]
+__all__ = ["ALPGRPOConfig", "ALPGRPOTrainer", "LayerwisePerturbation", "instrument", "log_importance_ratio"]

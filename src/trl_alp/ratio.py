@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
-"""The importance ratio, the second half of ALP (arXiv 2603.19470, section 3), and its statistics.
+"""The importance ratio, the second half of ALP (arXiv 2603.19470, section 3).
 
 One ratio, of the (perturbed) policy against the behaviour policy that sampled the tokens:
 
@@ -18,8 +18,6 @@ so that every token receives gradient through its own `p_t` only, with unit slop
 functions and knows nothing of TRL.
 """
 
-import math
-
 import torch
 
 
@@ -33,7 +31,6 @@ LEVELS: tuple[str, ...] = (
 )
 # Bound on |log ratio|, applied before the exponential; the gradient is 0 outside (reference code of the paper).
 MAX_LOG_RATIO = 20.0
-PERCENTILES = (2, 25, 50, 75, 98)
 
 
 def log_probability_gap(logps: torch.Tensor, behaviour_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -144,93 +141,6 @@ def log_importance_ratio(
     """
     gap = log_probability_gap(logps, behaviour_logps, mask)
     return raw_log_ratio(gap, mask, level, turn_ids).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-
-
-def ratio_units(values: torch.Tensor, mask: torch.Tensor, level: str) -> torch.Tensor:
-    """
-    The independent values of a `(B, T)` tensor at `level`: one per sequence at the sequence levels, else one per
-    token.
-
-    Args:
-        values (`torch.Tensor` of shape `(B, T)`):
-            Log ratios at `level`.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            Loss mask; sequences without any token in it contribute nothing.
-        level (`str`):
-            One of [`LEVELS`].
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`.
-    """
-    mask = mask.bool()
-    if level in ("sequence", "sequence_geometric"):
-        first = mask & (mask.cumsum(-1) == 1)
-        return values[first]
-    return values[mask]
-
-
-def percentiles(values: torch.Tensor) -> torch.Tensor:
-    """
-    Percentiles 2, 25, 50, 75 and 98, linearly interpolated, of any number of values.
-
-    Args:
-        values (`torch.Tensor` of shape `(N,)`):
-            Values, at least one; `torch.quantile` refuses more than 16 million of them, this does not.
-
-    Returns:
-        `torch.Tensor` of shape `(5,)`.
-    """
-    ordered = values.sort().values
-    rank = torch.tensor(PERCENTILES, device=values.device, dtype=torch.float64) / 100 * (values.numel() - 1)
-    low = rank.floor().long()
-    high = rank.ceil().long()
-    return torch.lerp(ordered[low], ordered[high], (rank - low).to(values.dtype))
-
-
-def ratio_statistics(log_ratio: torch.Tensor) -> dict[str, torch.Tensor]:
-    """
-    Statistics of an importance ratio, before any clip.
-
-    Args:
-        log_ratio (`torch.Tensor` of shape `(N,)`):
-            Log ratios, one per unit of the level in use (see [`ratio_units`]). The ratio is `exp` of them, clamped to
-            `[-20, 20]` first.
-
-    Returns:
-        `dict[str, torch.Tensor]` of scalars, NaN where there are no values:
-            `ratio/*` and `log_ratio/*` (unclamped) with `p02`, `p25`, `p50`, `p75`, `p98`, `min`, `max`; `ess`, the
-            effective sample size `(sum r)^2 / (N sum r^2)` in `(0, 1]`; `chi2`, `mean(r^2) - 1`, the estimate of the
-            chi-squared divergence of the policy from the behaviour policy.
-    """
-    if log_ratio.numel() == 0:
-        log_ratio = log_ratio.new_full((1,), math.nan)
-    clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    statistics = {}
-    for name, values in (("ratio", clamped.exp()), ("log_ratio", log_ratio)):
-        for percentile, value in zip(PERCENTILES, percentiles(values), strict=True):
-            statistics[f"{name}/p{percentile:02d}"] = value
-        statistics[f"{name}/min"], statistics[f"{name}/max"] = values.aminmax()
-    # In the log domain, since r^2 reaches e^40.
-    first, second = clamped.logsumexp(0), (2 * clamped).logsumexp(0)
-    statistics["ess"] = (2 * first - second).exp() / log_ratio.numel()
-    statistics["chi2"] = second.exp() / log_ratio.numel() - 1
-    return statistics
-
-
-def kl_estimates(gap: torch.Tensor) -> dict[str, torch.Tensor]:
-    """
-    Estimates of `KL(behaviour || policy)` in nats per token, from tokens the behaviour policy sampled.
-
-    Args:
-        gap (`torch.Tensor` of shape `(N,)`):
-            Log-prob gaps `g = p - q` of the tokens; clamped to `[-20, 20]`.
-
-    Returns:
-        `dict[str, torch.Tensor]` of scalars: `kl/k1 = mean(-g)`, unbiased, and `kl/k3 = mean(exp(g) - 1 - g)`,
-            unbiased and never negative (Schulman, "Approximating KL divergence", 2020). NaN if there are no tokens.
-    """
-    gap = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return {"kl/k1": -gap.mean(), "kl/k3": (gap.expm1() - gap).mean()}
 
 
 def check_level(level: str) -> None:

@@ -9,7 +9,7 @@ import os
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -20,15 +20,9 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from .config import ALPGRPOConfig
+from .instruments import Instruments
 from .perturbation import LayerwisePerturbation, noise_seed
-from .ratio import (
-    MAX_LOG_RATIO,
-    kl_estimates,
-    log_probability_gap,
-    ratio_statistics,
-    ratio_units,
-    raw_log_ratio,
-)
+from .ratio import MAX_LOG_RATIO, log_probability_gap, raw_log_ratio
 
 
 logger = get_logger(__name__)  # speaks on the main process only
@@ -137,6 +131,8 @@ class ALPGRPOTrainer(GRPOTrainer):
         if self.perturbation.log_sigma.requires_grad:
             self.sigma_optimizer = torch.optim.Adam([self.perturbation.log_sigma], lr=args.alp_sigma_lr)
         self.add_callback(_OptimizerStep(self))
+        self.instruments = _instruments(self, args.alp_ratio_level, perturbed=args.alp_enabled)
+        self.add_callback(_Instrumentation(self, self._perturbation_metrics))
         self._warn_about_dropout()
 
         self._micro_batches = 0  # perturbed micro-batches so far over the whole run and all processes; seeds the noise
@@ -145,6 +141,9 @@ class ALPGRPOTrainer(GRPOTrainer):
         self._skip_scoring = False  # answer TRL's next scoring pass, the old policy's, with nothing
         self._updates = 0  # optimiser steps so far; unlike `state.global_step` it goes on when `train` is called again
         self._generated_at = 0  # of them, when the buffered rollouts were generated
+        self._noise: list[
+            torch.Tensor
+        ] = []  # sigma and surviving noise of each micro-batch since the last log; (2, L)
         self._warned: set[str] = set()
 
     # ---- The method ----
@@ -171,24 +170,24 @@ class ALPGRPOTrainer(GRPOTrainer):
         if self._update is None:  # the old or the reference policy
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         training = self.model.training
-        noise_off_logps = None
+        noise_off = None
         if training and self._monitor_is_due():
-            noise_off_logps = self._noise_off_logps(model, *args, **kwargs)
+            noise_off = self._noise_off_scores(model, *args, **kwargs)
         with ExitStack() as this_pass:
             if training and self.args.alp_enabled:
                 (self._noise_scope or this_pass).enter_context(self.perturbation.applied(self._next_seed()))
             logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        self._set_denominator(logps, noise_off_logps)
+        self._set_denominator(logps, noise_off)
         return logps, entropies, aux_loss
 
-    def _set_denominator(self, logps: torch.Tensor, noise_off_logps: torch.Tensor | None) -> None:
+    def _set_denominator(self, logps: torch.Tensor, noise_off: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """Put `old` into the inputs such that TRL's `log_ratio = logps - old` is ALP's `u`, value and gradient."""
         inputs, mask, level = self._update.inputs, self._update.mask, self.args.alp_ratio_level
         behaviour_logps = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
         if behaviour_logps is None:  # on-policy and without noise: the ratio is 1, as in TRL
             behaviour_logps = logps.detach()
-        unscored = ~torch.isfinite(behaviour_logps)
-        behaviour_logps = torch.where(unscored, logps.detach(), behaviour_logps)
+        reported = behaviour_logps
+        behaviour_logps = torch.where(torch.isfinite(reported), reported, logps.detach())
         gap = log_probability_gap(logps, behaviour_logps, mask)
         raw = raw_log_ratio(gap, mask, level)
         clamped = raw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -200,11 +199,11 @@ class ALPGRPOTrainer(GRPOTrainer):
         inputs["sampling_per_token_logps"] = behaviour_logps
         if not self.model.training:
             return
-        self._record("alp", gap.detach(), unscored)
-        self._record_perturbation()
-        if noise_off_logps is not None:
-            gap = log_probability_gap(noise_off_logps, behaviour_logps, mask)
-            self._record("alp/noise_off", gap, unscored)
+        if self.args.alp_enabled:
+            self._noise.append(torch.stack([self.perturbation.sigma, self.perturbation.effective_noise()]))
+        self._record("update", logps, reported)
+        if noise_off is not None:
+            self._record("noise_off", noise_off[0], reported, entropies=noise_off[1])
 
     @contextmanager
     def _dual_clip(self, advantages: torch.Tensor) -> Iterator[None]:
@@ -305,15 +304,16 @@ class ALPGRPOTrainer(GRPOTrainer):
         return self._step % self.current_gradient_accumulation_steps == 0  # once per optimiser step
 
     @torch.no_grad()
-    def _noise_off_logps(self, model, *args, **kwargs) -> torch.Tensor:
-        kwargs.update(compute_entropy=False, compute_aux_loss=False)
+    def _noise_off_scores(self, model, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of the micro-batch without noise.  # (B, T) each"""
+        kwargs.update(compute_entropy=True, compute_aux_loss=False)
         device = self.accelerator.device
         # A policy with dropout draws from the global generator; looking must not change the run.
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
         ):
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)[0]
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)[:2]
 
     def _check_behaviour_policy(self) -> None:
         # TRL makes this check only with its own correction on, and as a warning.
@@ -358,10 +358,15 @@ class ALPGRPOTrainer(GRPOTrainer):
         if scaler is not None:
             gradient = gradient / scaler.get_scale()
         log_sigma.grad = gradient
-        norm = torch.nn.utils.clip_grad_norm_([log_sigma], self.args.max_grad_norm or torch.inf).item()
+        by_layer = gradient.clone()
+        norm = torch.nn.utils.clip_grad_norm_([log_sigma], self.args.max_grad_norm or torch.inf)
+        *by_layer, norm = torch.cat([by_layer, norm.reshape(1)]).tolist()
         if not math.isfinite(norm):
             log_sigma.grad = None  # sigma sits this step out
-        self._metrics["train"]["alp/sigma/grad_norm"].append(norm)
+        metrics = self._metrics["train"]
+        metrics["alp/sigma/grad_norm"].append(norm)
+        for index, value in zip(self.perturbation.layer_indices, by_layer, strict=True):
+            metrics[f"alp/sigma/grad/layer_{index:02d}"].append(value)
 
     def _step_sigma(self) -> None:
         if not self.accelerator.optimizer_step_was_skipped:
@@ -443,77 +448,55 @@ class ALPGRPOTrainer(GRPOTrainer):
 
     # ---- Metrics ----
 
-    def _record(self, prefix: str, gap: torch.Tensor, unscored: torch.Tensor) -> None:
-        """Append the statistics of one micro-batch, over all processes.
+    def _record(
+        self, policy: str, logps: torch.Tensor, behaviour_logps: torch.Tensor, entropies: torch.Tensor | None = None
+    ) -> None:
+        """Pool the statistics of one micro-batch; all tensors are (B, T)."""
+        mask = self._update.mask
+        staleness = self._updates - self._generated_at
+        means = {} if entropies is None else {"entropy": (entropies, mask)}
+        if self.loss_type in _CLIPPED_LOSSES:
+            gap = log_probability_gap(logps.detach(), behaviour_logps, mask)
+            ratio = raw_log_ratio(gap, mask, self.instruments.level).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+            advantages = self._update.inputs["advantages"]
+            advantages = advantages if advantages.dim() > 1 else advantages.unsqueeze(1)
+            low = (advantages < 0) & (ratio < 1 - self.epsilon_low)
+            high = (advantages > 0) & (ratio > 1 + self.epsilon_high)
+            dual = (advantages < 0) & (ratio > (torch.inf if self.args.delta is None else self.args.delta))
+            means |= {"clip/low": (low, mask), "clip/high": (high, mask), "clip/dual": (dual, mask)}
+            # Before any update since the generation it is mismatch and noise that are clipped.
+            means["clip/fresh"] = (low | high, mask * (staleness == 0))
+        self.instruments.record(policy, logps, behaviour_logps, mask, staleness, means)
 
-        `gap` (B, T): per-token log-prob gap; `unscored` (B, T): tokens whose behaviour log-prob is not finite.
-        """
-        # TRL's own sequence level makes the geometric mean of the token ratios.
-        geometric = self.importance_sampling_level == "sequence"
-        level = "sequence_geometric" if geometric else self.args.alp_ratio_level
-        raw = raw_log_ratio(gap, self._update.mask, level)
-        advantages = self._update.inputs["advantages"]
-        advantages = advantages if advantages.dim() > 1 else advantages.unsqueeze(1)
-        ratio = raw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-        dual_clip = torch.inf if self.args.delta is None else self.args.delta
-        columns = [
-            raw,
-            gap,
-            self._update.mask,
-            unscored,
-            (advantages < 0) & (ratio < 1 - self.epsilon_low),
-            (advantages > 0) & (ratio > 1 + self.epsilon_high),
-            (advantages < 0) & (ratio > dual_clip),
-        ]
-        packed = torch.stack([column.to(raw) for column in columns], dim=-1)
-        packed = self.accelerator.gather(self.accelerator.pad_across_processes(packed, dim=1))  # (N, T, 7)
-        raw, gap, mask = packed[..., :3].unbind(-1)
-        unscored, low, high, dual = packed[mask.bool()][:, 3:].unbind(-1)
-        statistics = ratio_statistics(ratio_units(raw, mask, level))
-        statistics |= kl_estimates(gap[mask.bool()])
-        statistics["unscored_tokens"] = unscored.sum()
-        clips = self.loss_type in _CLIPPED_LOSSES
-        if clips:
-            statistics |= {"clip/low": low.mean(), "clip/high": high.mean(), "clip/dual": dual.mean()}
-        values = dict(zip(statistics, torch.stack(list(statistics.values())).tolist(), strict=True))
-        for name, value in values.items():
-            self._metrics["train"][f"{prefix}/{name}"].append(value)
-        if prefix == "alp":
-            staleness = self._updates - self._generated_at
-            self._metrics["train"]["alp/staleness"].append(staleness)
-            if clips and staleness == 0:
-                self._warn_about_clipped_mismatch(values["clip/low"] + values["clip/high"])
-
-    def _record_perturbation(self) -> None:
-        if not self.args.alp_enabled:
-            return
-        sigma = self.perturbation.sigma.tolist()
-        effective = self.accelerator.gather(self.perturbation.effective_noise()).tolist()  # of each process and layer
-        metrics = self._metrics["train"]
-        # Layers that did not run have none, as the cross-attention layers of some models without an image.
-        known = [value for value in effective if not math.isnan(value)] or [math.nan]
-        for name, values in (("sigma", sigma), ("noise/effective", known)):
-            metrics[f"alp/{name}/mean"].append(sum(values) / len(values))
-            metrics[f"alp/{name}/min"].append(min(values))
-            metrics[f"alp/{name}/max"].append(max(values))
-        for index, value in zip(self.perturbation.layer_indices, sigma, strict=True):
-            metrics[f"alp/sigma/layer_{index:02d}"].append(value)
-        processes = self.accelerator.num_processes
-        inert = [
-            index
-            for index, value in zip(self.perturbation.layer_indices * processes, effective, strict=True)
-            if value < _INERT_NOISE
-        ]
+    def _perturbation_metrics(self, mismatch: dict[str, float]) -> dict[str, float]:
+        """Metrics of the perturbation since the last log; warns once of noise that does not act as it should."""
+        self._warn_about_clipped_mismatch(mismatch.get("alp/clip/fresh", math.nan))
+        if not self._noise:
+            return {}
+        noise = self.accelerator.gather(torch.stack(self._noise)).cpu()  # (micro-batches, 2, L)
+        self._noise.clear()
+        sigma, effective = noise.unbind(1)
+        metrics = {}
+        for name, values in (("sigma", sigma), ("noise/effective", effective)):
+            # Layers that did not run have none, as the cross-attention layers of some models without an image.
+            known = values[~values.isnan()].tolist() or [math.nan]
+            metrics[f"alp/{name}/mean"] = sum(known) / len(known)
+            metrics[f"alp/{name}/min"] = min(known)
+            metrics[f"alp/{name}/max"] = max(known)
+        for index, value in zip(self.perturbation.layer_indices, sigma.mean(0).tolist(), strict=True):
+            metrics[f"alp/sigma/layer_{index:02d}"] = value
+        inert = (effective < _INERT_NOISE).any(0).nonzero().flatten().tolist()
         if inert and "inert" not in self._warned:
             self._warned.add("inert")
             dtype = str(self.perturbation.hidden_dtype).removeprefix("torch.")
             logger.warning(
-                f"The noise is lost in rounding: in {dtype}, with sigma between {min(sigma):.3g} and {max(sigma):.3g} "
-                f"(alp_noise_scale={self.args.alp_noise_scale!r}), less than {_INERT_NOISE:.0%} of it reaches the "
-                f"input of the layers {sorted(set(inert))}. Raise `alp_sigma_init` (and `alp_sigma_min`), use "
-                "`alp_noise_scale='rms'`, or train with fp32 weights and bf16 autocast, which keep the residual "
-                "stream in fp32."
+                f"The noise is lost in rounding: in {dtype}, with sigma between {sigma.min():.3g} and "
+                f"{sigma.max():.3g} (alp_noise_scale={self.args.alp_noise_scale!r}), less than {_INERT_NOISE:.0%} of "
+                f"it reaches the input of the layers {[self.perturbation.layer_indices[i] for i in inert]}. Raise "
+                "`alp_sigma_init` (and `alp_sigma_min`), use `alp_noise_scale='rms'`, or train with fp32 weights and "
+                "bf16 autocast, which keep the residual stream in fp32."
             )
+        return metrics
 
     def _warn_about_clipped_mismatch(self, clipped: float) -> None:
         narrow = (self.args.epsilon_high or self.args.epsilon) < 1
@@ -525,14 +508,6 @@ class ALPGRPOTrainer(GRPOTrainer):
                 "mismatch and noise that are clipped, not the update. Widen the range (the paper: `epsilon=0.5, "
                 "epsilon_high=3.0`)."
             )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # TRL averages over the logging window; of extremes, the window's extreme is what is asked for.
-        for name, values in self._metrics["train" if self.model.training else "eval"].items():
-            known = [value for value in values if not math.isnan(value)]
-            if name.startswith("alp/") and name.endswith(("/min", "/max")) and known:
-                values[:] = [min(known) if name.endswith("/min") else max(known)]
-        super().log(logs, start_time)
 
 
 class _Update:
@@ -564,6 +539,123 @@ class _OptimizerStep(TrainerCallback):
         self.trainer._updates += 1
         if self.trainer.sigma_optimizer is not None:
             self.trainer._step_sigma()
+
+
+class _Instrumentation(TrainerCallback):
+    """Puts what the instruments measured into the trainer's log, and keeps that log beside it.
+
+    Like the loss, it pools over all processes, so it acts at the Trainer's own logging steps, which all reach.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, further_metrics: Callable | None = None):
+        self.trainer = trainer
+        self.further_metrics = further_metrics
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.instruments.begin(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not (control.should_log or control.should_training_stop):
+            return
+        callbacks = self.trainer.callback_handler.callbacks
+        tensorboard = next((c.tb_writer for c in callbacks if getattr(c, "tb_writer", None) is not None), None)
+        metrics = self.trainer.instruments.flush(state.global_step, tensorboard)
+        if self.further_metrics is not None:
+            metrics |= self.further_metrics(metrics)
+        for name, value in metrics.items():
+            self.trainer._metrics["train"][name].append(value)
+
+    on_epoch_end = on_step_end  # where `logging_strategy="epoch"` logs
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.trainer.instruments.append(state.log_history[-1])
+
+
+def _instruments(trainer: GRPOTrainer, level: str, perturbed: bool) -> Instruments:
+    # TRL's own sequence level makes the geometric mean of the token ratios.
+    level = "sequence_geometric" if trainer.importance_sampling_level == "sequence" else level
+    return Instruments(trainer.accelerator, trainer.args.output_dir, trainer.args.report_to, level, perturbed)
+
+
+def instrument(trainer: GRPOTrainer) -> GRPOTrainer:
+    """
+    Give a stock [`~trl.GRPOTrainer`] the instruments of [`ALPGRPOTrainer`]: no noise, and no change to what it trains.
+
+    Logged under `alp/`: the policy of the update against the behaviour policy (the engine's log-probs where there are
+    any, else the old policy's), before TRL's truncation or mask; under `alp/old/`, where both are known, the old
+    policy against the engine: the training-inference mismatch alone. See `docs/metrics.md`.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer, before `train()`. An [`ALPGRPOTrainer`] has the instruments already, and is left as it is.
+
+    Returns:
+        [`~trl.GRPOTrainer`]: The same trainer.
+
+    Raises:
+        `ValueError`: If `trainer` is not a [`~trl.GRPOTrainer`].
+
+    Example:
+
+    ```python
+    >>> trainer = instrument(GRPOTrainer(model, reward_funcs=reward, args=args, train_dataset=dataset))
+    >>> trainer.train()
+    ```
+    """
+    if not isinstance(trainer, GRPOTrainer):
+        raise ValueError(
+            f"instrument(trainer) got a {type(trainer).__name__}; it reads the importance ratio of a `GRPOTrainer` "
+            "(or a subclass of it), which others do not have."
+        )
+    if isinstance(getattr(trainer, "instruments", None), Instruments):
+        return trainer
+    trainer.instruments = _instruments(trainer, "token", perturbed=False)
+    trainer.add_callback(_StockInstrumentation(trainer))
+    return trainer
+
+
+class _StockInstrumentation(_Instrumentation):
+    """Watches a stock trainer's rollouts, scoring and loss from outside, where [`ALPGRPOTrainer`] overrides them."""
+
+    def __init__(self, trainer: GRPOTrainer):
+        super().__init__(trainer)
+        self.logps: torch.Tensor | None = None  # of the update whose loss is being computed
+        self.updates = self.generated_at = 0
+        for name, watch in (
+            ("_generate_and_score_completions", self.watch_rollouts),
+            ("_compute_loss", self.watch_loss),
+            ("_get_per_token_logps_and_entropies", self.watch_scoring),
+        ):
+            setattr(trainer, name, partial(watch, getattr(trainer, name)))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.updates += 1
+
+    def watch_rollouts(self, generate, inputs):
+        output = generate(inputs)
+        if self.trainer.model.training:
+            self.generated_at = self.updates
+        return output
+
+    def watch_scoring(self, score, *args, **kwargs):
+        output = score(*args, **kwargs)
+        self.logps = output[0]
+        return output
+
+    def watch_loss(self, compute_loss, model, inputs):
+        loss = compute_loss(model, inputs)
+        logps, self.logps = self.logps.detach(), None
+        if self.trainer.model.training:
+            update = _Update(inputs)
+            old, engine = inputs.get("old_per_token_logps"), inputs.get("sampling_per_token_logps")
+            # On-policy TRL scores no old policy: it is the current one.
+            behaviour = next(each for each in (engine, old, logps) if each is not None)
+            staleness = self.updates - self.generated_at
+            self.trainer.instruments.record("update", logps, behaviour, update.mask, staleness)
+            if old is not None and engine is not None:
+                self.trainer.instruments.record("old", old, engine, update.mask, staleness=0)
+        return loss
 
 
 def _save(state: dict[str, Any], path: str) -> None:
