@@ -190,6 +190,8 @@ def _rows(path: Path) -> tuple[list[dict], str, list[str]]:
     )
     found = []
     for state in [path / "trainer_state.json", *reversed(states)]:
+        if any(source.startswith("checkpoint") for *_, source in found):
+            break  # the newest checkpoint that can be read is there
         try:
             rows = json.loads(state.read_text(encoding="utf-8"))["log_history"]
             found.append((rows[-1]["step"], rows, str(state.relative_to(path))))
@@ -197,8 +199,6 @@ def _rows(path: Path) -> tuple[list[dict], str, list[str]]:
             continue
         except (OSError, ValueError, LookupError, TypeError):
             notes.append(f"{state.relative_to(path)} holds no readable log")
-        if len(found) == 1 and state.parent != path:
-            break  # the newest checkpoint that can be read
     if found:
         _, rows, source = max(found, key=lambda one: one[0])
         return rows, source, notes
@@ -280,7 +280,7 @@ def _summary(run: Run) -> dict[str, float | str]:
 
 
 def _mean_and_range(series: list[pd.Series]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, and over the seeds the mean, lowest and highest of their running means, each interpolated in its steps."""
+    """Steps; over the seeds the mean, lowest and highest of their running means, interpolated between their steps."""
     series = [one.rolling(max(1, len(one) // _SMOOTHED), 1, center=True).mean() for one in series]
     steps = np.unique(np.concatenate([one.index for one in series]))
     values = [np.interp(steps, one.index, one, left=np.nan, right=np.nan) for one in series]
@@ -573,7 +573,8 @@ _FIGURES = {
          "`alp_sigma_max`.", _sigma),
         ("noise_effective", "Noise that survives rounding", "realised / asked", ("alp/noise/effective/min",),
          "ALP with noise", "Standard deviation of the noise that reaches the layer where most is lost, over what was "
-         "asked for. Healthy: near 100 %; below 10 % the layer is as good as unperturbed.", partial(_lines, scale="share")),
+         "asked for. Healthy: near 100 %; below 10 % the layer is as good as unperturbed.",
+         partial(_lines, scale="share")),
     ],
 }  # fmt: skip
 
