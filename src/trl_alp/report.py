@@ -235,9 +235,7 @@ def _read_envelope(path: Path, notes: list[str]) -> pd.DataFrame:
     tables, unreadable = [], 0
     for file in sorted((path / "alp").glob("envelope_*.parquet")):
         try:
-            table = pyarrow.parquet.ParquetFile(file).read()
-            if table.num_rows:
-                tables.append(table)
+            tables.append(pyarrow.parquet.ParquetFile(file).read())
         except (OSError, pyarrow.ArrowException):
             unreadable += 1
     if unreadable:
@@ -307,6 +305,7 @@ def _lines(
     figure = Figure(figsize=(5.6, 3.5), layout="constrained")
     axis = figure.subplots()
     handles, drawn = {}, []
+    few = sum(map(len, settings.values())) <= _MOST_IN_LEGEND  # of more, raw values would cover the means
     for name, runs in settings.items():
         series = [values for run in runs if (values := run.series(*keys)) is not None]
         if scale == "log":
@@ -315,7 +314,7 @@ def _lines(
             continue
         drawn += series
         style = _style(settings, name)
-        for values in series if len(series[0]) >= 2 * _SMOOTHED else ():
+        for values in series if few and len(series[0]) >= 2 * _SMOOTHED else ():
             axis.plot(values, color=style["color"], alpha=0.25, linewidth=0.6)
         steps, mean, low, high = _mean_and_range(series)
         (handles[name],) = axis.plot(steps, mean, marker="o" if len(steps) <= 20 else None, markersize=3, **style)
@@ -651,7 +650,9 @@ def _table(settings: dict[str, list[Run]]) -> Iterable[str]:
 
     def row(heading: str, verdict: str, numbers: pd.Series, below: pd.Series | None = None) -> str:
         kind = "bad" if re.match("collapsed|diverged|[1-9]", verdict) else "good"
-        texts = numbers.map("{:.3g}".format).replace("nan", "-") + ("" if below is None else below)
+        texts = numbers.map(lambda n: f"{n:.3g}" if abs(n) < 1000 else f"{n:.6g}").replace("nan", "-") + (
+            "" if below is None else below
+        )
         return f'<tr>{heading}</th><td class="{kind}">{verdict}</td><td>{"</td><td>".join(texts)}</td></tr>'
 
     for name, runs in settings.items():
