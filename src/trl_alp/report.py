@@ -265,7 +265,7 @@ def _summary(run: Run) -> dict[str, float | str]:
     window = max(1, round(_WINDOW * len(reward)))
     smooth = reward.rolling(window).mean().dropna()
     first, final, best = smooth.iloc[0], smooth.iloc[-1], smooth.max()
-    # From the median difference of neighbours, which neither a trend nor one fall changes; 1.48 of it is Gaussian's sd.
+    # From the median difference of neighbours, which neither a trend nor one fall changes; 1.48 as for a Gaussian.
     standard_error = 1.48 * reward.diff().abs().median() / math.sqrt(2 * window)
     if run.diverged:
         verdict = f"diverged ({', '.join(run.diverged)})"
