@@ -5,8 +5,8 @@ What the instruments cost: time inside them as a share of the time of the optimi
     python benchmarks/instruments.py                      # gpt2-sized on a CPU, about 3 minutes
     python benchmarks/instruments.py --layers 2 --hidden 64 --steps 3
 
-A random-weight GPT-2 is trained by `ALPGRPOTrainer` on random completions of a `rollout_func`; the time of generation is
-not counted. Printed: the median optimiser step, and the time in recording and in flushing (at every step).
+A random-weight GPT-2 is trained by `ALPGRPOTrainer` on random completions of a `rollout_func`; the time of generation
+is not counted. Printed: the median optimiser step, and the time in recording and in flushing (at every step).
 """
 
 import argparse
