@@ -140,43 +140,57 @@ def test_math_reward_verifies_the_final_answer(completion, solution, reward):
     assert load("train_alp.py").math_reward([completion], [solution]) == [reward]
 
 
-def readme_blocks():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def python_blocks(document):
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-def test_readme_example_runs_as_printed(tmp_path, monkeypatch, language_model):
-    """Names of the hub are answered from disk, and the run is made small; the code itself is the README's."""
+def test_readme_examples_run_as_printed(tmp_path, monkeypatch, language_model):
+    """Names of the hub are answered from disk, and the runs are made small; the code itself is the documents'."""
     import datasets
     import transformers
+    import trl
 
     import trl_alp
 
     monkeypatch.chdir(tmp_path)
-    config = trl_alp.ALPGRPOConfig
 
-    def small(*args, **kwargs):
-        tiny_run = {"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 8}
-        return config(*args, **kwargs | tiny_run, report_to="none", use_cpu=True, save_strategy="no")
+    def small(config_class):
+        def build(*args, **kwargs):
+            tiny_run = {"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 2, "bf16": False}
+            tiny_run |= {"report_to": "none", "use_cpu": True, "save_strategy": "no", "max_completion_length": 8}
+            return config_class(*args, **kwargs | tiny_run)
+
+        return build
 
     def local(name, *args, **kwargs):
         assert name == "openai/gsm8k"
         return datasets.Dataset.from_json(str(GSM8K))
 
-    class Local(trl_alp.ALPGRPOTrainer):
-        def __init__(self, model, *args, **kwargs):
-            assert model == "Qwen/Qwen2.5-0.5B-Instruct"
-            policy = transformers.AutoModelForCausalLM.from_pretrained(language_model)
-            tokenizer = AutoTokenizer.from_pretrained(language_model)
-            super().__init__(policy, *args, processing_class=tokenizer, **kwargs)
+    def on_disk(trainer_class):
+        class Local(trainer_class):
+            def __init__(self, model, *args, **kwargs):
+                assert model == "Qwen/Qwen2.5-0.5B-Instruct"
+                policy = transformers.AutoModelForCausalLM.from_pretrained(language_model)
+                tokenizer = AutoTokenizer.from_pretrained(language_model)
+                kwargs.setdefault("args", trl.GRPOConfig("out"))
+                super().__init__(policy, *args, processing_class=tokenizer, **kwargs)
 
-    monkeypatch.setattr(trl_alp, "ALPGRPOConfig", small)
-    monkeypatch.setattr(trl_alp, "ALPGRPOTrainer", Local)
+        return Local
+
+    monkeypatch.setattr(trl_alp, "ALPGRPOConfig", small(trl_alp.ALPGRPOConfig))
+    monkeypatch.setattr(trl, "GRPOConfig", small(trl.GRPOConfig))
+    monkeypatch.setattr(trl_alp, "ALPGRPOTrainer", on_disk(trl_alp.ALPGRPOTrainer))
+    monkeypatch.setattr(trl, "GRPOTrainer", on_disk(trl.GRPOTrainer))
     monkeypatch.setattr(datasets, "load_dataset", local)
-    (block,) = readme_blocks()
+    use, watch = python_blocks("README.md")
+    (watch_and_train,) = python_blocks("docs/metrics.md")
+    assert watch_and_train.startswith(watch)
     scope = {}
-    exec(block, scope)
-    assert scope["trainer"].state.global_step == 2
-    assert "alp/ratio/p98" in scope["trainer"].state.log_history[0]
+    for block in (use, watch_and_train):
+        exec(block, scope)
+        assert scope["trainer"].state.global_step == 2
+        assert "alp/ratio/p98" in scope["trainer"].state.log_history[0]
+    assert type(scope["trainer"]).__mro__[1] is trl.trainer.grpo_trainer.GRPOTrainer
 
 
 def test_readme_is_short_and_its_commands_exist():
@@ -196,9 +210,8 @@ def test_the_papers_settings_in_the_docs_are_valid(tmp_path, monkeypatch):
 
     config = functools.partial(trl_alp.ALPGRPOConfig, use_cpu=True, per_device_train_batch_size=16)
     monkeypatch.setattr(trl_alp, "ALPGRPOConfig", config)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "method.md").read_text(), re.DOTALL)
     scope = {}
-    for block in blocks:
+    for block in python_blocks("docs/method.md"):
         exec(block, scope)
     assert scope["single_turn"].alp_sigma_init == 0.02 and scope["multi_turn"].alp_dual_clip == 3.0
 
