@@ -1,0 +1,386 @@
+# Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
+"""
+What an update costs with ALP, beside stock GRPO, TRL's default correction, Bypass, and the noise done naively.
+
+    python benchmarks/update.py --json update.json                      # gpt2-sized on a CPU, about 15 minutes
+    python benchmarks/update.py --suite gpu --json update.json          # Qwen2.5-sized on a GPU, under 8 minutes
+    python benchmarks/update.py --models tiny --lengths 32 --rounds 2   # seconds
+    accelerate launch --num_processes 2 benchmarks/update.py --models tiny --lengths 64 128 256
+
+Completions and behaviour log-probs are synthetic, weights are random, one optimiser step follows each batch of
+rollouts. All arms run side by side in one process, alternating; times are medians over steps, with quartiles. *Update*
+is the time of `training_step`: TRL's scoring passes, forward and backward, without sampling. *Step* adds the
+optimiser. *Kept* is what the forward of the loss keeps for its backward. Needs TRL and the sources of this package,
+no network.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+import trl_alp.perturbation
+from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
+
+
+CUDA = torch.cuda.is_available()
+# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
+SIZES = {
+    "tiny": (64, 256, 2, 2, 2, 512, True),
+    "gpt2": (768, 3072, 12, 12, 12, 50257, True),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, True),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, True),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),
+}
+LORA = {"qwen2.5-7b"}  # trained with LoRA
+ARMS = ("stock", "stock, TRL correction", "bypass", "ALP stored", "ALP recomputed", "ALP torch", "ALP Triton")
+# (model, completion length, micro-batch, gradient checkpointing); in the order of importance, until the time is up.
+GPU_SUITE = (
+    ("qwen2.5-0.5b", 1024, 8, True),
+    ("qwen2.5-1.5b", 2048, 4, True),
+    ("qwen2.5-0.5b", 1024, 8, False),
+    ("qwen2.5-7b", 4096, 2, True),
+    ("qwen2.5-1.5b", 4096, 2, True),
+    ("qwen2.5-1.5b", 16384, 1, True),
+    ("qwen2.5-1.5b", 1024, 4, False),
+)
+
+
+def build_model(name: str, layers: int | None, hidden: int | None) -> torch.nn.Module:
+    width, intermediate, depth, heads, key_values, vocabulary, tied = SIZES[name]
+    if hidden is not None:
+        width, intermediate, heads, key_values = hidden, 4 * hidden, max(1, hidden // 64), max(1, hidden // 64)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers or depth,
+        num_attention_heads=heads,
+        num_key_value_heads=key_values,
+        tie_word_embeddings=tied,
+        max_position_embeddings=32768,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    with torch.device("cuda" if CUDA else "cpu"):
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16 if name in LORA else torch.float32)
+    if name in LORA:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    return model
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<eos>", eos_token="<eos>")
+
+
+# ---- Arms ----
+
+
+def stored(hidden, log_sigma, seed, noise_scale="absolute", backend="auto"):
+    """The noise as autograd would have it: `delta` is kept for the backward."""
+    scale = hidden.detach().float().square().mean(-1, keepdim=True).sqrt() if noise_scale == "rms" else 1.0
+    perturbed = hidden + (log_sigma.exp() * scale * torch.randn_like(hidden, dtype=torch.float32)).to(hidden.dtype)
+    return perturbed, hidden.new_ones(2, dtype=torch.float32)
+
+
+def recomputed(*args):
+    """The same under `torch.utils.checkpoint`, which saves and restores the global random state."""
+    return torch.utils.checkpoint.checkpoint(stored, *args, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def noise_op(replacement):
+    original = trl_alp.perturbation.add_noise
+    trl_alp.perturbation.add_noise = replacement or original
+    try:
+        yield
+    finally:
+        trl_alp.perturbation.add_noise = original
+
+
+def build_trainer(arm: str, model, tokenizer, folder: str, point: SimpleNamespace, steps: int) -> GRPOTrainer:
+    settings = {
+        "output_dir": folder,
+        "per_device_train_batch_size": point.batch,
+        "gradient_accumulation_steps": point.accumulation,
+        "num_generations": point.batch,
+        "max_completion_length": point.length,
+        "gradient_checkpointing": point.checkpointing,
+        "max_steps": steps,
+        "learning_rate": 1e-6,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": CUDA,
+        "use_cpu": not CUDA,
+        "optim": "adamw_torch",
+    }
+    # The ids and log-probs of a batch, made once: sampling costs next to nothing and its time is taken out.
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    completions = torch.randint(1, vocabulary, (64, point.length), generator=generator).tolist()
+    logprobs = [[-10.0] * point.length] * 64
+    prompt = list(range(1, 1 + min(point.prompt, vocabulary - 1)))
+    sampling = []
+
+    def rollout(prompts, trainer):
+        start = time.perf_counter()
+        rows = [i % 64 for i in range(len(prompts))]
+        output = {
+            "prompt_ids": [prompt] * len(prompts),
+            "completion_ids": [completions[row] for row in rows],
+            "logprobs": [logprobs[row] for row in rows],
+        }
+        sampling.append(time.perf_counter() - start)
+        return output
+
+    def reward(completions, **kwargs):
+        return torch.rand(len(completions), generator=generator).tolist()
+
+    if arm.startswith("stock"):
+        trainer_class = GRPOTrainer
+        correction = "TRL correction" in arm
+        args = GRPOConfig(**settings, vllm_importance_sampling_correction=correction)
+    else:
+        trainer_class = ALPGRPOTrainer
+        backend = {"ALP torch": "torch", "ALP Triton": "triton"}.get(arm, "auto")
+        args = ALPGRPOConfig(**settings, alp_enabled=arm != "bypass", alp_noise_backend=backend)
+    dataset = Dataset.from_dict({"prompt": ["a b"] * 64})
+    trainer = trainer_class(model, reward, args, dataset, processing_class=tokenizer, rollout_func=rollout)
+    if "TRL correction" in arm:  # TRL applies it with vLLM only; of vLLM, only the weight sync is asked for here
+        trainer.use_vllm, trainer.vllm_mode = True, "server"
+        trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
+    trainer.sampling = sampling
+    return trainer
+
+
+# ---- Measuring ----
+
+
+class Clock(TrainerCallback):
+    """Whole optimiser steps."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(now() - self.start)
+
+
+def now() -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def run(arm: str, model, tokenizer, point: SimpleNamespace, steps: int) -> dict[str, list[float]]:
+    """As [`train`], leaving nothing behind on the device."""
+    try:
+        return train(arm, model, tokenizer, point, steps)
+    finally:
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+
+
+def train(arm: str, model, tokenizer, point: SimpleNamespace, steps: int) -> dict[str, list[float]]:
+    """Train `1 + steps` optimiser steps; seconds of each but the first, forwards of each, and memory."""
+    replacement = {"ALP stored": stored, "ALP recomputed": recomputed}.get(arm)
+    with tempfile.TemporaryDirectory() as folder, noise_op(replacement):
+        trainer = build_trainer(arm, model, tokenizer, folder, point, steps + 1)
+        trainer.add_callback(clock := Clock())
+        updates, forwards, kept = [], [], [0]
+        training_step, compute_loss = trainer.training_step, trainer._compute_loss
+        counter = model.register_forward_pre_hook(lambda *_: forwards.append(1))
+
+        def timed_step(*args, **kwargs):
+            start = now()
+            result = training_step(*args, **kwargs)
+            updates.append(now() - start)
+            return result
+
+        def watched_loss(*args, **kwargs):
+            if clock.steps:  # looked at in the first step alone, which is not timed
+                return compute_loss(*args, **kwargs)
+            storages = {}
+
+            def pack(tensor):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = compute_loss(*args, **kwargs)
+            kept[0] = sum(size for pointer, size in storages.items() if pointer not in weights)
+            return loss
+
+        trainer.training_step, trainer._compute_loss = timed_step, watched_loss
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            trainer.train()
+        counter.remove()
+        accumulation = point.accumulation
+        update = [
+            sum(updates[i * accumulation : (i + 1) * accumulation]) - trainer.sampling[i] for i in range(1, steps + 1)
+        ]
+        step = [clock.steps[i] - trainer.sampling[i] for i in range(1, steps + 1)]
+        return {
+            "update": update,
+            "step": step,
+            "forwards": [len(forwards) / (steps + 1)],
+            "kept_mb": [kept[0] / 2**20],
+            "peak_mb": [torch.cuda.max_memory_allocated() / 2**20] if CUDA else [],
+        }
+
+
+def measure(point: SimpleNamespace, arms: list[str], rounds: int, steps: int) -> list[dict]:
+    model, tokenizer = build_model(point.model, point.layers, point.hidden), build_tokenizer()
+    pooled = {arm: {} for arm in arms}
+    for _ in range(rounds):
+        for arm in arms:
+            for name, values in run(arm, model, tokenizer, point, steps).items():
+                pooled[arm].setdefault(name, []).extend(values)
+    rows = []
+    for arm in arms:
+        row = {"arm": arm, **vars(point)}
+        for name, values in pooled[arm].items():
+            if values:
+                low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+                row |= {name: middle, f"{name}_quartiles": [low, high]}
+        rows.append(row)
+    for row in rows:
+        for base in ("bypass", "stock, TRL correction"):
+            if base in arms:
+                of = rows[arms.index(base)]
+                row[f"update / {base}"] = row["update"] / of["update"]
+                for name in ("peak_mb", "kept_mb"):
+                    if of.get(name):
+                        row[f"{name} / {base}"] = row[name] / of[name]
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    head = ("arm", "update ms", "quartiles", "/ Bypass", "/ TRL corr.", "step ms", "forwards", "kept MB", "peak MB")
+    lines, last = [], None
+    for row in rows:
+        point = tuple(
+            row[name] for name in ("model", "layers", "hidden", "length", "batch", "accumulation", "checkpointing")
+        )
+        if point != last:
+            model, layers, hidden, length, batch, accumulation, checkpointing = point
+            shape = "".join(f", {n} {v}" for n, v in (("layers", layers), ("hidden", hidden)) if v)
+            lines += [
+                "",
+                f"**{model}{shape}, {length} tokens, micro-batch {batch} x {accumulation}, "
+                f"gradient checkpointing {'on' if checkpointing else 'off'}**",
+                "",
+                "| " + " | ".join(head) + " |",
+                "|---" * len(head) + "|",
+            ]
+            last = point
+        low, high = row["update_quartiles"]
+        cells = (
+            row["arm"],
+            f"{1e3 * row['update']:.1f}",
+            f"{1e3 * low:.1f} to {1e3 * high:.1f}",
+            f"{row.get('update / bypass', float('nan')):.3f}",
+            f"{row.get('update / stock, TRL correction', float('nan')):.3f}",
+            f"{1e3 * row['step']:.1f}",
+            f"{row['forwards']:g}",
+            f"{row['kept_mb']:.1f}",
+            f"{row['peak_mb']:.0f}" if "peak_mb" in row else "",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=["gpu"], help="a list of points made for one large GPU")
+    parser.add_argument("--models", nargs="+", default=["gpt2"], choices=list(SIZES))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[256], help="tokens of a completion")
+    parser.add_argument("--layers", nargs="+", type=int, default=[None])
+    parser.add_argument("--hidden", nargs="+", type=int, default=[None])
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--batch", type=int, default=4, help="completions in each micro-batch")
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--checkpointing", nargs="+", default=["on", "off"], choices=["on", "off"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="timed optimiser steps of each arm in each round")
+    parser.add_argument("--seconds", type=float, default=420, help="with --suite: no new point after this time")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    arms = args.arms or [arm for arm in ARMS if CUDA or arm != "ALP Triton"]
+    if args.suite:
+        points = [
+            SimpleNamespace(
+                model=model, layers=None, hidden=None, length=length, prompt=args.prompt, batch=batch,
+                accumulation=1, checkpointing=checkpointing,
+            )
+            for model, length, batch, checkpointing in GPU_SUITE
+        ]  # fmt: skip
+    else:
+        points = [
+            SimpleNamespace(
+                model=model, layers=layers, hidden=hidden, length=length, prompt=args.prompt, batch=args.batch,
+                accumulation=args.accumulation, checkpointing=checkpointing == "on",
+            )
+            for model, layers, hidden, length, checkpointing in product(
+                args.models, args.layers, args.hidden, args.lengths, args.checkpointing
+            )
+        ]  # fmt: skip
+    start, rows = time.perf_counter(), []
+    for point in points:
+        if args.suite and time.perf_counter() - start > args.seconds:
+            print(f"time is up; left out: {point}", file=sys.stderr)
+            continue
+        rows += measure(point, arms, args.rounds, args.steps)
+        if args.json:
+            environment = {
+                "date": time.strftime("%Y-%m-%d"),
+                "command": "python " + " ".join(["benchmarks/update.py", *sys.argv[1:]]),
+                "device": torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads",
+                "processes": int(os.environ.get("WORLD_SIZE", 1)),
+                "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, trl_alp)},
+            }
+            args.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
