@@ -51,6 +51,19 @@ def copy_bandwidth(device: str, megabytes: float) -> float:
     return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source), device) / 1e3)
 
 
+def check(add, device: str) -> None:
+    """Stop if the op is wrong: a fast wrong one is worth nothing."""
+    hidden, grad = torch.randn(2, 64, 3, 1000, device=device)
+    log_sigma = torch.tensor(-1.0, device=device, requires_grad=True)
+    for noise_scale in ("absolute", "rms"):
+        out, _ = add(hidden, log_sigma, noise_scale)
+        noise = (out - hidden).detach()
+        (found,) = torch.autograd.grad(out, log_sigma, grad)
+        size = noise.norm() / (log_sigma.exp() * noise.numel() ** 0.5)  # hidden has RMS 1
+        assert abs(size - 1) < 0.02, f"{noise_scale}: the noise has size {size}, not 1"
+        assert torch.isclose(found, (grad * noise).sum(), rtol=1e-3, atol=1e-2), f"{noise_scale}: wrong gradient"
+
+
 def cases(hidden: torch.Tensor, noise_scale: str, add):
     """Forward and backward of one op, with the bytes each must move."""
     log_sigma = torch.tensor(-4.0, device=hidden.device, requires_grad=True)
@@ -79,6 +92,8 @@ def main() -> None:
         ops["triton"] = lambda h, s, scale: add_noise(h, s, 7, scale, "triton")
         for warps in (1, 2, 4, 8, 16) if args.sweep else ():
             ops[f"warps={warps}"] = lambda h, s, scale, w=warps: noise_triton.AddNoiseTriton.apply(h, s, 7, scale, w)
+    for add in ops.values():
+        check(add, args.device)
     bandwidth = copy_bandwidth(args.device, max(args.megabytes))
     rows = []
     for megabytes in args.megabytes:
@@ -113,10 +128,10 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     print(*(f"{name}: {value}" for name, value in report.items() if name != "rows"), sep="\n")
-    print(
-        f"\n{'MB':>6} {'dtype':9} {'scale':9} {'pass':9} {'op':9} {'ms':>9} {'floor ms':>9} {'of floor':>9} {'GB/s':>7}"
+    head = (
+        f"{'MB':>6} {'dtype':9} {'scale':9} {'pass':9} {'op':9} {'ms':>9} {'floor ms':>9} {'of floor':>9} {'GB/s':>7}"
     )
-    print("-" * 82)
+    print("", head, "-" * len(head), sep="\n")
     for row in rows:
         print(
             f"{row['megabytes']:6g} {row['dtype']:9} {row['scale']:9} {row['pass']:9} {row['op']:9} {row['ms']:9.4f} "
