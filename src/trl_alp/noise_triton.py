@@ -3,9 +3,9 @@
 
 A program works on `ROWS` rows, `COLS` columns at a time. Element `n` of the row-major order gets word `n % 4` of
 Philox4x32 at counter `n // 4` under the 64-bit seed as key: no two (seed, element) pairs share a word, and neither
-tiles nor memory layout enter. To reach the speed of memory the noise must take few instructions, hence our own Philox
-(one wide multiplication for both halves of a product; and the noise does not change with Triton's version) and the
-hardware's logarithm, sine and cosine: 21 instructions an element in bf16 where `tl.randn4x` takes 120 (sm_90).
+tiles nor memory layout enter. To keep up with memory the noise must take few instructions; hence the hardware's
+logarithm, sine and cosine, of which `tl.randn4x` takes software ones (120 machine instructions an element on sm_90,
+against about 20 here), and a Philox of our own, which also keeps the noise the same in every version of Triton.
 """
 
 import os
