@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from trl_alp import LayerwisePerturbation
-from trl_alp.perturbation import _AddNoise, find_decoder_layers, noise_seed, parse_layers
+from trl_alp.noise import _AddNoise
+from trl_alp.perturbation import find_decoder_layers, noise_seed, parse_layers
 
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])

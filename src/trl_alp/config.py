@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from accelerate.logging import get_logger
 from trl import GRPOConfig
 
-from .perturbation import check_noise_scale, check_sigma
+from .noise import check_noise_backend, check_noise_scale
+from .perturbation import check_sigma
 from .ratio import check_level
 
 
@@ -49,6 +50,11 @@ class ALPGRPOConfig(GRPOConfig):
         alp_layers (`list[int]` or `str`, *optional*):
             Which decoder layers to perturb: `None` for all (the best of the paper's layer ablation), a list of
             indices, or a string such as `"0-5"`, `"first:6"`, `"last:5"` or `"0,3,7"`.
+        alp_noise_backend (`str`, *optional*, defaults to `"auto"`):
+            What generates and adds the noise: `"torch"`, `"triton"` (one fused kernel each way; an NVIDIA GPU), or
+            `"auto"` for Triton on an NVIDIA GPU where it is installed and torch elsewhere. Both draw N(0, 1), but not
+            the same numbers from the same seed: a run resumed on the other backend equals an uninterrupted one in
+            distribution, not bit for bit.
 
         > Parameters that control the loss
 
@@ -146,6 +152,15 @@ class ALPGRPOConfig(GRPOConfig):
             "`0,3,7`."
         },
     )
+    alp_noise_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "What generates and adds the noise: `torch`, `triton` (one fused kernel each way; an NVIDIA GPU), "
+            "or `auto` for Triton on an NVIDIA GPU where it is installed and torch elsewhere. The two draw different "
+            "noise from the same seed, so resuming on the other one is not bit-exact.",
+            "choices": ["auto", "torch", "triton"],
+        },
+    )
     alp_ratio_level: str = field(
         default="token",
         metadata={
@@ -172,6 +187,7 @@ class ALPGRPOConfig(GRPOConfig):
         super().__post_init__()
         check_sigma(self.alp_sigma_init, self.alp_sigma_min, self.alp_sigma_max)
         check_noise_scale(self.alp_noise_scale)
+        check_noise_backend(self.alp_noise_backend, use_cpu=self.use_cpu)
         check_level(self.alp_ratio_level)
         if not (math.isfinite(self.alp_sigma_lr) and self.alp_sigma_lr > 0):
             raise ValueError(

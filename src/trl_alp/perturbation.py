@@ -10,7 +10,8 @@ paper's absolute scale; `s(h) = RMS(h)`, per token and detached, makes sigma mea
 model.
 
 The noise is replayed, never stored: forward and backward draw the same `delta` from the same seed, so the perturbation
-costs no activation memory and the global random state is never touched. This module knows nothing of TRL.
+costs no activation memory and the global random state is never touched. `noise.py` computes the sum and its gradient,
+here it enters the model. This module knows nothing of TRL.
 """
 
 import inspect
@@ -19,20 +20,17 @@ import re
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from .noise import NoiseBackend, NoiseScale, add_noise, check_noise_backend, check_noise_scale
 
-NoiseScale = Literal["absolute", "rms"]
-NOISE_SCALES: tuple[str, ...] = ("absolute", "rms")
 
 # Odd multiplier (2**64 / golden ratio): spreads neighbouring seeds over the whole range, and being odd it maps
 # distinct numbers to distinct numbers, both modulo 2**64 and modulo 2**32.
 _ODD_MULTIPLIER = 0x9E3779B97F4A7C15
-# Rows of the sequence dimension looked at when measuring how much of the noise survives rounding.
-_MEASURED_POSITIONS = 64
 
 
 def noise_seed(run_seed: int, micro_batch: int) -> int:
@@ -154,47 +152,6 @@ def parse_layers(layers: Sequence[int] | int | str | None, num_layers: int) -> l
     return sorted(indices)
 
 
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _standard_normal(like: torch.Tensor, seed: int) -> torch.Tensor:
-    """Draw N(0, 1) of `like`'s shape on its device, in fp32 or wider, from a generator of its own."""
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=_at_least_fp32(like.dtype))
-
-
-class _AddNoise(torch.autograd.Function):
-    """`h + exp(log_sigma) * scale * delta(seed)` that keeps the seed instead of `delta` for its backward.
-
-    With `g` the gradient of the loss at the output: `dL/dh = g` and `dL/dlog_sigma = sum(g * sigma * scale * delta)`.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, log_sigma, scale, seed):
-        # hidden (B, T, H), log_sigma (), scale (B, T, 1) or None
-        noise = _standard_normal(hidden, seed).mul_(log_sigma.exp())
-        if scale is not None:
-            noise.mul_(scale)
-        ctx.save_for_backward(log_sigma, scale)
-        ctx.seed = seed
-        # The sum is formed in fp32 and rounded once, so that as much noise survives as the format of `hidden` can
-        # hold.
-        return noise.add_(hidden).to(hidden.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        log_sigma, scale = ctx.saved_tensors
-        grad_log_sigma = None
-        if ctx.needs_input_grad[1]:
-            product = _standard_normal(grad, ctx.seed).mul_(grad)
-            if scale is not None:
-                product.mul_(scale)
-            grad_log_sigma = (product.sum() * log_sigma.exp()).to(log_sigma.dtype)
-        return grad, grad_log_sigma, None, None
-
-
 class _InputHook:
     """Forward pre-hook of one decoder layer.
 
@@ -255,6 +212,9 @@ class LayerwisePerturbation(nn.Module):
         noise_scale (`str`, *optional*, defaults to `"absolute"`):
             `"absolute"`, the paper's `sigma * delta`, or `"rms"`, `sigma * RMS(h) * delta` with the detached RMS of
             each token.
+        noise_backend (`str`, *optional*, defaults to `"auto"`):
+            What adds the noise, see [`noise.add_noise`]: `"torch"`, `"triton"`, or `"auto"` for Triton on an NVIDIA
+            GPU where it is installed and torch elsewhere. The backends draw different noise from the same seed.
         sigma_min (`float`, *optional*, defaults to `1e-6`):
             Lower bound that [`~LayerwisePerturbation.bound_`] holds sigma to.
         sigma_max (`float`, *optional*, defaults to `0.5`):
@@ -269,8 +229,9 @@ class LayerwisePerturbation(nn.Module):
             How many decoder layers the model has.
 
     Raises:
-        `ValueError`: If the model has no decoder layers, `layers` does not fit it, `noise_scale` is unknown, or the
-            sigmas are not finite, positive and ordered `sigma_min <= sigma_init <= sigma_max`.
+        `ValueError`: If the model has no decoder layers, `layers` does not fit it, `noise_scale` or
+            `noise_backend` is unknown, the backend cannot run here, or the sigmas are not finite, positive and ordered
+            `sigma_min <= sigma_init <= sigma_max`.
 
     Example:
 
@@ -292,14 +253,16 @@ class LayerwisePerturbation(nn.Module):
         noise_scale: NoiseScale = "absolute",
         sigma_min: float = 1e-6,
         sigma_max: float = 0.5,
+        noise_backend: NoiseBackend = "auto",
     ) -> None:
         super().__init__()
         check_sigma(sigma_init, sigma_min, sigma_max)
         check_noise_scale(noise_scale)
+        check_noise_backend(noise_backend)
         decoder_layers = find_decoder_layers(model)
         self.num_layers = len(decoder_layers)
         self.layer_indices = parse_layers(layers, self.num_layers)
-        self.noise_scale = noise_scale
+        self.noise_scale, self.noise_backend = noise_scale, noise_backend
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         size = (len(self.layer_indices),)
         self.log_sigma = nn.Parameter(
@@ -333,8 +296,8 @@ class LayerwisePerturbation(nn.Module):
 
         Args:
             seed (`int`):
-                Seed of the noise. The same seed gives the same noise for the same input shape and device; no two
-                (seed, layer) pairs share a stream. See [`noise_seed`].
+                Seed of the noise. The same seed gives the same noise for the same input shape, device and backend; no
+                two (seed, layer) pairs share a stream. See [`noise_seed`].
         """
         if self.seed is not None:
             raise RuntimeError("`applied` is already active; leave the outer context first.")
@@ -351,25 +314,10 @@ class LayerwisePerturbation(nn.Module):
         # keeps of a seed.
         layer_seed = (self.seed * self.num_layers + self.layer_indices[position]) * _ODD_MULTIPLIER % 2**64
         log_sigma = self.log_sigma[position].to(hidden.device)
-        scale = None
-        if self.noise_scale == "rms":
-            wide = hidden.detach().to(_at_least_fp32(hidden.dtype))
-            scale = wide.square().mean(dim=-1, keepdim=True).sqrt()  # (B, T, 1)
-        perturbed = _AddNoise.apply(hidden, log_sigma, scale, layer_seed)
-        self._measure(position, hidden.detach(), perturbed.detach(), log_sigma.detach().exp(), scale)
-        return perturbed
-
-    def _measure(self, position, hidden, perturbed, sigma, scale):
-        sample = (..., slice(None, None, max(1, hidden.shape[-2] // _MEASURED_POSITIONS)), slice(None))
-        hidden, perturbed = hidden[sample], perturbed[sample]
-        realised = (perturbed.to(_at_least_fp32(hidden.dtype)) - hidden).square().mean(-1, keepdim=True)
-        asked = sigma.square().expand_as(realised) if scale is None else sigma.square() * scale[sample].square()
-        # All-zero rows are the embedding of the padding token; around 0 every format resolves any noise.
-        real = hidden.any(-1, keepdim=True)
+        perturbed, power = add_noise(hidden, log_sigma, layer_seed, self.noise_scale, self.noise_backend)
         self.hidden_dtype = hidden.dtype
-        self.noise_power[position] = torch.stack([(asked * real).mean(), (realised * real).mean()]).to(
-            self.noise_power
-        )
+        self.noise_power[position] = power
+        return perturbed
 
     def effective_noise(self) -> torch.Tensor:
         """
@@ -402,12 +350,6 @@ def check_sigma(sigma_init: float, sigma_min: float, sigma_max: float) -> None:
         raise ValueError(
             f"alp_sigma_min={sigma_min} <= alp_sigma_init={sigma_init} <= alp_sigma_max={sigma_max} must hold."
         )
-
-
-def check_noise_scale(noise_scale: str) -> None:
-    """Raise a `ValueError` unless `noise_scale` is known."""
-    if noise_scale not in NOISE_SCALES:
-        raise ValueError(f"alp_noise_scale={noise_scale!r} is unknown. Use one of {list(NOISE_SCALES)}.")
 
 
 def _remove_hooks(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

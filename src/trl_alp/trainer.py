@@ -126,6 +126,7 @@ class ALPGRPOTrainer(GRPOTrainer):
             noise_scale=args.alp_noise_scale,
             sigma_min=args.alp_sigma_min,
             sigma_max=args.alp_sigma_max,
+            noise_backend=args.alp_noise_backend,
         ).to(self.accelerator.device)
         self.sigma_optimizer: torch.optim.Adam | None = None
         if self.perturbation.log_sigma.requires_grad:
