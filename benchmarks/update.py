@@ -178,6 +178,7 @@ def build_trainer(arm: str, model, tokenizer, folder: str, point: SimpleNamespac
     if "TRL correction" in arm:  # TRL applies it with vLLM only; of vLLM, only the weight sync is asked for here
         trainer.use_vllm, trainer.vllm_mode = True, "server"
         trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
+        trainer._last_loaded_step = -1
     trainer.sampling = sampling
     return trainer
 
