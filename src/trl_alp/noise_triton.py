@@ -51,7 +51,8 @@ def _normal_pair(a, b):
 @triton.jit
 def _four_normals(seed, counter):
     """N(0, 1) from each of the four words of Philox4x32 at `counter` (int64) under `seed`."""
-    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    key = seed.to(tl.int64)  # small seeds arrive as int32
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     a, b = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     c = a * 0
     d = c
