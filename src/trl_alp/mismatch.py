@@ -129,10 +129,10 @@ class MismatchMeter:
             self._names = list(means)
             self._sums, self._extremes = torch.zeros_like(sums), torch.full_like(extremes, -torch.inf)
             self._counts = torch.zeros((_TOKEN_BINS + 2) * _WIDTH, dtype=wide, device=g.device)
+            self._edges = torch.tensor(PROBABILITY_EDGES[1:-1], device=g.device).log()
         self._sums += sums
         self._extremes = torch.maximum(self._extremes, extremes)
-        edges = torch.tensor(PROBABILITY_EDGES[1:-1], device=g.device).log()
-        rows = (torch.bucketize(q, edges), _TOKEN_BINS, _TOKEN_BINS + 1)
+        rows = (torch.bucketize(q, self._edges), _TOKEN_BINS, _TOKEN_BINS + 1)
         for row, (value, kept) in zip(rows, views, strict=True):
             self._counts.index_add_(0, (row * _WIDTH + _bucket(value)).flatten(), kept.flatten().to(wide))
 
