@@ -222,22 +222,25 @@ def _engine(args: argparse.Namespace, model: torch.nn.Module, device: str) -> En
     if args.engine == "transformers":
         dtype = getattr(torch, dtype) if dtype != "auto" else dtype
         # Without a path of its own the engine has the training model's weights, adapter and all.
-        copy = load_model(path, dtype, device=device) if args.engine_model else plain_copy(model, _or_own(dtype, model))
+        copy = (
+            load_model(path, dtype, device=device) if args.engine_model else plain_copy(model, _or_own(dtype, model))
+        )
         return TransformersEngine(copy, AutoTokenizer.from_pretrained(path), args.logprobs_mode)
     from vllm import LLM
 
     options = json.loads(args.vllm_options)
     llm = LLM(
-        path, dtype=dtype, kv_cache_dtype=args.kv_cache_dtype, logprobs_mode=args.logprobs_mode, seed=args.seed, **options
+        path,
+        dtype=dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        logprobs_mode=args.logprobs_mode,
+        seed=args.seed,
+        **options,
     )
     engine = VLLMEngine(llm)
     if args.engine_model is None and args.adapter is not None:
         engine.sync(model)
     return engine
-
-
-def _or_own(dtype, model) -> torch.dtype:
-    return model.dtype if dtype == "auto" else dtype
 
 
 def _parser() -> argparse.ArgumentParser:

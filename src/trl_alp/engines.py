@@ -59,7 +59,7 @@ class GenerationSetting:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {allowed}.")
 
     def distortions(self) -> str:
-        """Name the settings that keep the samples from following the trainer's distribution, `""` if there are none."""
+        """The settings that keep the samples from following the trainer's distribution, in words; `""` for none."""
         neutral = GenerationSetting()
         names = ("top_p", "top_k", "min_p", "repetition_penalty")
         return ", ".join(f"{n}={getattr(self, n)}" for n in names if getattr(self, n) != getattr(neutral, n))
