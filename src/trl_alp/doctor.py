@@ -218,25 +218,16 @@ def _run(args: argparse.Namespace) -> Diagnosis:
 def _engine(args: argparse.Namespace, model: torch.nn.Module, device: str) -> Engine:
     if args.engine.startswith(("http://", "https://")):
         return VLLMServerEngine(args.engine)
-    path, dtype = args.engine_model or args.model, args.engine_dtype or "auto"
+    path = args.engine_model or args.model
     if args.engine == "transformers":
-        dtype = getattr(torch, dtype) if dtype != "auto" else dtype
+        dtype = getattr(torch, args.engine_dtype or args.dtype)
         # Without a path of its own the engine has the training model's weights, adapter and all.
-        copy = (
-            load_model(path, dtype, device=device) if args.engine_model else plain_copy(model, _or_own(dtype, model))
-        )
+        copy = load_model(path, dtype, device=device) if args.engine_model else plain_copy(model, dtype)
         return TransformersEngine(copy, AutoTokenizer.from_pretrained(path), args.logprobs_mode)
     from vllm import LLM
 
-    options = json.loads(args.vllm_options)
-    llm = LLM(
-        path,
-        dtype=dtype,
-        kv_cache_dtype=args.kv_cache_dtype,
-        logprobs_mode=args.logprobs_mode,
-        seed=args.seed,
-        **options,
-    )
+    options = {"kv_cache_dtype": args.kv_cache_dtype, "logprobs_mode": args.logprobs_mode, "seed": args.seed}
+    llm = LLM(path, dtype=args.engine_dtype or "auto", **options | json.loads(args.vllm_options))
     engine = VLLMEngine(llm)
     if args.engine_model is None and args.adapter is not None:
         engine.sync(model)
