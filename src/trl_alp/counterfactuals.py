@@ -72,6 +72,7 @@ class State:
     weights: str = "current"
     numerics: str = "as loaded"
     mode: str = "temperature"
+    measured: bool = False  # its forward pass as the engine itself scores the tokens, whatever its weights are
 
 
 class Case:
@@ -85,6 +86,7 @@ class Case:
         self.modes = reported_modes(setting, getattr(model, "generation_config", None))
         self.raw = "temperature" if setting.temperature == 1.0 else "raw: without the temperature"
         self.padding = torch.zeros(())  # what the trainer's scorer adds to the reference
+        self.scores: torch.Tensor | None = None  # the engine's own, of the same tokens at temperature 1
         self.scored: dict[tuple, torch.Tensor] = {}
 
     def reference(self, state: State, mode: str | None = None) -> torch.Tensor:
@@ -95,7 +97,14 @@ class Case:
 
     def predict(self, state: State) -> torch.Tensor:
         """What the trainer would have to see if `state` were true of the engine.  # (N,)"""
-        return self.reference(state) + (self.padding if state.padded else 0.0)
+        prediction = self.reference(state) + (self.padding if state.padded else 0.0)
+        if state.measured:
+            prediction = prediction + self.forward_gap(state) / self.modes[state.mode].temperature
+        return prediction
+
+    def forward_gap(self, state: State) -> torch.Tensor:
+        """The engine's own scores minus those of the training model under `state`.  # (N,)"""
+        return self.scores - self.reference(replace(state, ids="engine"), self.raw)
 
     def score(self, state: State, modes: Sequence[str]) -> None:
         """Make the forward pass of a state once for several modes."""
@@ -151,7 +160,7 @@ class Case:
         elif name == "adapter off":
             yield without_adapter(self.model)
         elif name == "adapter twice":
-            with _scaled_adapter(self.model, 2.0):
+            with scaled_adapter(self.model, 2.0):
                 yield self.model
         else:
             candidate = self.candidates[name]
@@ -177,7 +186,7 @@ def without_adapter(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @contextmanager
-def _scaled_adapter(model, factor: float):
+def scaled_adapter(model, factor: float):
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]

@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(arguments)
+    if args.engine not in ("vllm", "transformers") and not args.engine.startswith(("http://", "https://")):
+        parser.error(f"--engine {args.engine!r} is none of vllm, transformers and the URL of a vLLM server")
     try:
         diagnosis = _run(args)
     except (OSError, ValueError, ImportError, RuntimeError, NotImplementedError) as error:
