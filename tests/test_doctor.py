@@ -418,6 +418,12 @@ def test_exit_status_is_2_when_it_cannot_run(saved, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_exit_status_is_2_when_the_engine_breaks(saved, monkeypatch, capsys):
+    monkeypatch.setattr(TransformersEngine, "score", lambda *_: 1 / 0)
+    assert command(saved / "now") == 2
+    assert "could not run: ZeroDivisionError" in capsys.readouterr().err
+
+
 def test_unknown_engine_is_a_usage_error(saved, capsys):
     with pytest.raises(SystemExit) as stopped:
         doctor.main([str(saved / "now"), "--engine", "sglang"])

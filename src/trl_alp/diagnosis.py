@@ -30,8 +30,8 @@ MAX_KL = 0.01
 MAX_PROBABILITY_ERROR = 1.05
 # Nats per token. Two fp32 implementations agree to 1e-5 (docs/compatibility.md); no gap below this is looked into.
 FLOOR = 1e-4
-# A hypothesis is believed if it removes this share of the gap. For what the engine declares (its dtype, whose kernels
-# round in another order than transformers) or shows (its own scores) a tenth is enough.
+# A hypothesis is believed if it removes this share of the gap. For what the engine shows (other prompt ids, its own
+# scores) or declares (its dtype, whose kernels round in another order than transformers) a tenth is enough.
 MIN_REMOVED = 0.5
 MIN_REMOVED_KNOWN = 0.1
 # ... and if what it removes is this many standard errors of the mean above 0, over tokens.
@@ -346,7 +346,8 @@ def _examine(case: Case, p: torch.Tensor, q: torch.Tensor, sync_changed: bool | 
             prediction = case.predict(changed)
             after = left(prediction)
             gain = ((now - q).abs().clamp(max=1) - (prediction - q).abs().clamp(max=1))[known]
-            need = MIN_REMOVED_KNOWN if "measured" in change or cause == "precision" else MIN_REMOVED
+            known_to_be_so = cause in ("tokenisation", "precision") or "measured" in change
+            need = MIN_REMOVED_KNOWN if known_to_be_so else MIN_REMOVED
             enough = before - after > need * before and _t(gain) > MIN_T
             if cause == "padding":  # as good as another draw of the rounding
                 enough &= before - after > ROUNDING_FACTOR * rounding

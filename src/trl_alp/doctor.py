@@ -11,6 +11,7 @@ the verdict, the evidence and the way out. docs/doctor.md explains each cause. E
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--engine {args.engine!r} is none of vllm, transformers and the URL of a vLLM server")
     try:
         diagnosis = _run(args)
-    except (OSError, ValueError, ImportError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # Python's own exit status for it, 1, would say "not healthy"
+        if not isinstance(error, OSError | ValueError | ImportError):
+            traceback.print_exc()
         print(f"trl_alp.doctor could not run: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     print(report(diagnosis))

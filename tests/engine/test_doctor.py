@@ -8,9 +8,12 @@ prints the table of docs/doctor.md (about 8 minutes on 2 cores); without the var
 import copy
 import functools
 import importlib.metadata
+import json
 import math
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -22,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 
 from trl_alp.counterfactuals import scaled_adapter, without_adapter
 from trl_alp.diagnosis import Diagnosis, diagnose
-from trl_alp.engines import GenerationSetting, VLLMEngine
+from trl_alp.engines import GenerationSetting, VLLMEngine, VLLMServerEngine, plain_copy
 
 
 pytestmark = [
@@ -128,9 +131,10 @@ def run(engine, model, seed, prompts=None, setting=None, tokenizer=None, **kwarg
 
 
 def healthy(engines, what, seed):
-    name, std, temperature, lora = what
+    name, std, temperature, kind = what
     model = policy(seed, std)
-    model = adapted(model, seed, 0.05) if lora else model
+    model = adapted(model, seed, 0.05) if kind == "LoRA" else model
+    model = plain_copy(model, torch.bfloat16) if kind == "bf16 trainer" else model
     engines[name].sync(model)
     return run(engines[name], model, seed, setting=GenerationSetting(temperature, max_tokens=MAX_TOKENS))
 
@@ -141,10 +145,10 @@ def stale(engines, strength, seed, name="fp32", **kwargs):
     return run(engines[name], updated(old, seed, *strength), seed, **kwargs)
 
 
-def never_synced(engines, strength, seed, name="fp32"):
+def never_synced(engines, strength, seed, name="fp32", **kwargs):
     old = policy(seed)
     engines[name].sync(old)
-    return run(Faulty(engines[name], sync=lambda model: None), updated(old, seed, *strength), seed)
+    return run(Faulty(engines[name], sync=lambda model: None), updated(old, seed, *strength), seed, **kwargs)
 
 
 def stale_head(engines, strength, seed):
@@ -183,13 +187,33 @@ def sampling(engines, strength, seed, mode):
     return run(engine, model, seed, setting=GenerationSetting(**strength, max_tokens=MAX_TOKENS))
 
 
+def stale_and_top_p(engines, seed):
+    setting = GenerationSetting(top_p=0.8, max_tokens=MAX_TOKENS)
+    return stale(engines, UPDATES["8 updates, lr 1e-3"], seed, setting=setting)
+
+
+def never_synced_and_raw_temperature(engines, seed):
+    setting = GenerationSetting(temperature=0.7, max_tokens=MAX_TOKENS)
+    return never_synced(engines, UPDATES["8 updates, lr 1e-3"], seed, "fp32, raw", setting=setting)
+
+
+def double_bos_and_top_k(engines, seed):
+    setting = GenerationSetting(top_k=8, max_tokens=MAX_TOKENS)
+    return double_bos(engines, (2, 5), seed, setting=setting)
+
+
+def left_padding_and_top_p(engines, seed):
+    setting = GenerationSetting(top_p=0.8, max_tokens=MAX_TOKENS)
+    return left_padding(engines, (2, 20), seed, setting=setting)
+
+
 def rounding(engines, strength, seed, name):
     model = policy(seed, std=strength)
     engines[name].sync(model)
     return run(engines[name], model, seed)
 
 
-def double_bos(engines, strength, seed):
+def double_bos(engines, strength, seed, **kwargs):
     model = policy(seed)
     engines["fp32"].sync(model)
     engine = engines["fp32"]
@@ -197,7 +221,7 @@ def double_bos(engines, strength, seed):
     def sample(prompts, setting, seed):
         return engine.sample(["<eos>" + prompt for prompt in prompts], setting, seed)
 
-    return run(Faulty(engine, sample=sample), model, seed, sums(seed, strength))
+    return run(Faulty(engine, sample=sample), model, seed, sums(seed, strength), **kwargs)
 
 
 def other_template(engines, strength, seed):
@@ -213,10 +237,10 @@ def other_template(engines, strength, seed):
     return run(Faulty(engine, sample=sample), model, seed, conversations, tokenizer=tokenizer)
 
 
-def left_padding(engines, strength, seed):
+def left_padding(engines, strength, seed, **kwargs):
     model = policy(seed, family="gpt2")
     engines["GPT-2, fp32"].sync(model)
-    return run(engines["GPT-2, fp32"], model, seed, sums(seed, strength))
+    return run(engines["GPT-2, fp32"], model, seed, sums(seed, strength), **kwargs)
 
 
 def position_shift(engines, strength, seed):
@@ -234,9 +258,9 @@ class Fault:
     beyond: str | None = None  # the strength at which it is beyond the doctor, counted all the same
 
 
-def _sampling(name, mode, weak, strong):
+def _sampling(name, mode, *values, beyond=None):
     plant = functools.partial(sampling, mode=mode)
-    return Fault(f"{name}, {mode} log-probs", "sampling", plant, {str(s): {name: s} for s in (weak, strong)})
+    return Fault(f"{name}, {mode} log-probs", "sampling", plant, {str(v): {name: v} for v in values}, beyond)
 
 
 UPDATES = {"1 update, lr 1e-5": (1, 1e-5), "8 updates, lr 1e-3": (8, 1e-3)}
@@ -247,11 +271,12 @@ FAULTS = [
         "healthy",
         healthy,
         {
-            "fp32": ("fp32", 0.15, 1.0, False),
-            "fp32, temperature 0.7": ("fp32", 0.15, 0.7, False),
-            "fp32, LoRA": ("fp32", 0.15, 1.0, True),
-            "bf16": ("bf16", 0.15, 1.0, False),
-            "bf16, fp8 KV cache": ("bf16, fp8 KV", 0.05, 1.0, False),
+            "fp32": ("fp32", 0.15, 1.0, None),
+            "fp32, temperature 0.7": ("fp32", 0.15, 0.7, None),
+            "fp32, LoRA": ("fp32", 0.15, 1.0, "LoRA"),
+            "bf16": ("bf16", 0.15, 1.0, None),
+            "bf16, bf16 trainer": ("bf16", 0.15, 1.0, "bf16 trainer"),
+            "bf16, fp8 KV cache": ("bf16, fp8 KV", 0.05, 1.0, None),
         },
     ),
     Fault("weights stale", "staleness", stale, UPDATES),
@@ -278,7 +303,7 @@ FAULTS = [
     _sampling("top_p", "processed", 0.98, 0.8),
     _sampling("top_k", "raw", 30, 8),
     _sampling("min_p", "processed", 0.02, 0.2),
-    _sampling("repetition_penalty", "raw", 1.2, 1.5),
+    _sampling("repetition_penalty", "raw", 1.2, 1.35, 1.5, beyond="1.2"),
     _sampling("repetition_penalty", "processed", 1.02, 1.5),
     Fault("bf16", "precision", functools.partial(rounding, name="bf16"), {"init std 0.4": 0.4, "init std 0.8": 0.8}),
     Fault(
@@ -335,20 +360,78 @@ def table():
     print("\n\n" + "\n".join([head, "|---" * 7 + "|", *lines]))
 
 
+def count(table, name, strength, cause, found: list[Diagnosis], said: list[str]) -> int:
+    """Add a line to the table; returns how often `cause` was said."""
+    others = Counter(said)
+    right = others.pop(cause, 0)
+    gap = sorted(diagnosis.statistics["abs_mean"] for diagnosis in found)[TRIALS // 2]
+    low, high = wilson(right, TRIALS)
+    rest = ", ".join(f"{other} {times}" for other, times in others.items())
+    table.append(
+        f"| {name} | {strength} | {gap:.1e} | {cause} | {right}/{TRIALS} | {low:.0%} to {high:.0%} | {rest} |"
+    )
+    return right
+
+
 @pytest.mark.parametrize(
     ("fault", "strength"),
     [pytest.param(fault, strength, id=f"{fault.name}-{strength}") for fault in FAULTS for strength in fault.strengths],
 )
 def test_planted_fault_is_named(engines, table, fault, strength):
     found = [fault.plant(engines, fault.strengths[strength], seed) for seed in range(TRIALS)]
-    causes = Counter(diagnosis.cause for diagnosis in found)
-    right = causes.pop(fault.cause, 0)
-    gap = sorted(diagnosis.statistics["abs_mean"] for diagnosis in found)[TRIALS // 2]
-    low, high = wilson(right, TRIALS)
-    others = ", ".join(f"{cause} {count}" for cause, count in causes.items())
-    table.append(
-        f"| {fault.name} | {strength} | {gap:.1e} | {fault.cause} | {right}/{TRIALS} | {low:.0%} to {high:.0%} "
-        f"| {others} |"
-    )
+    right = count(table, fault.name, strength, fault.cause, found, [diagnosis.cause for diagnosis in found])
     if strength != fault.beyond:
         assert right >= int(0.95 * TRIALS), table[-1] + "\n" + "\n".join(d.verdict for d in found)
+
+
+@pytest.mark.parametrize(
+    ("plant", "causes"),
+    [
+        (stale_and_top_p, "sampling and staleness"),
+        (never_synced_and_raw_temperature, "sampling and weights"),
+        (double_bos_and_top_k, "sampling and tokenisation"),
+        (left_padding_and_top_p, "padding and sampling"),
+    ],
+)
+def test_two_planted_faults_are_both_named(engines, table, plant, causes):
+    found = [plant(engines, seed) for seed in range(TRIALS)]
+    said = [" and ".join(sorted({finding.cause for finding in diagnosis.findings})) for diagnosis in found]
+    right = count(table, plant.__name__.replace("_", " "), "both strong", causes, found, said)
+    assert right >= int(0.95 * TRIALS), table[-1] + "\n" + "\n".join(d.verdict for d in found)
+
+
+# ---- A server, and the command ----
+
+
+def test_server_is_healthy_then_stale_then_mended(policy_path, served_policy, cpu_weight_sync):
+    model = Qwen2ForCausalLM.from_pretrained(policy_path, dtype=torch.float32)
+    prompts = sums(0, (2, 5))[:32]
+    setting = GenerationSetting(max_tokens=MAX_TOKENS)
+    engine = VLLMServerEngine(served_policy)
+    engine.sync(model)
+    assert run(engine, model, 0, prompts, setting).healthy
+    model = updated(model, 0, 2, 1e-3)
+    assert run(engine, model, 0, prompts, setting, sync=False).cause == "weights or staleness"
+    assert run(engine, model, 0, prompts, setting).cause == "staleness"
+    assert run(engine, model, 0, prompts, setting).healthy
+
+
+def test_server_with_raw_log_probs_is_named(policy_path, raw_log_probs_server):
+    model = Qwen2ForCausalLM.from_pretrained(policy_path, dtype=torch.float32)
+    engine = VLLMServerEngine(raw_log_probs_server["vllm_server_base_url"])
+    setting = GenerationSetting(temperature=0.7, max_tokens=MAX_TOKENS)
+    assert run(engine, model, 0, sums(0)[:32], setting, sync=False).cause == "sampling"
+
+
+@pytest.mark.parametrize(("asked", "status", "cause"), [([], 0, "healthy"), (["--top-p", "0.8"], 1, "sampling")])
+def test_command_starts_vllm(policy_path, tmp_path, asked, status, cause):
+    options = {"enforce_eager": True, "kv_cache_memory_bytes": 64 * 2**20, "max_model_len": 64}
+    command = [sys.executable, "-m", "trl_alp.doctor", policy_path, "--engine", "vllm", "--engine-dtype", "float32"]
+    command += ["--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "16", "--json", str(tmp_path / "out.json")]
+    (tmp_path / "prompts.txt").write_text("\n".join(sums(0)))
+    done = subprocess.run(
+        [*command, "--vllm-options", json.dumps(options), *asked], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    assert json.loads((tmp_path / "out.json").read_text())["cause"] == cause
+    assert "tokens" in done.stdout and "step" in done.stderr
