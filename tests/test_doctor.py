@@ -4,6 +4,9 @@ import contextlib
 import copy
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import tiny
@@ -298,6 +301,15 @@ def test_training_model_is_left_as_it_was():
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_dropout_is_off_meanwhile():
+    model = tiny.model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    engine = copy_engine(model)
+    model.train()
+    assert run(model, engine).healthy and model.training
+
+
 def test_same_seed_gives_the_same_diagnosis_and_leaves_the_global_generator():
     model, engine = tiny.model(), copy_engine(tiny.model())
     state = torch.get_rng_state()
@@ -473,3 +485,23 @@ def test_it_needs_no_vllm(saved):
         pytest.skip("vLLM is installed here")
     assert command(saved / "now") == 0
     assert doctor.main([str(saved / "now"), "--engine", "vllm", "--device", "cpu"]) == 2
+
+
+# ---- docs/doctor.md ----
+
+DOCS = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text()
+
+
+def test_python_of_the_docs_runs(saved, capsys):
+    first, inside_a_run = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    TOKENIZER.save_pretrained(saved / "now")
+    exec(first.replace("Qwen/Qwen2.5-0.5B-Instruct", str(saved / "now")), {})
+    assert "mean |p - q|" in capsys.readouterr().out
+    compile(inside_a_run, "docs/doctor.md", "exec")  # tests/engine/test_doctor.py runs its like
+
+
+def test_commands_of_the_docs_parse():
+    commands = re.findall(r"^python -m trl_alp.doctor (.*)$", DOCS, re.MULTILINE)
+    assert len(commands) == 3
+    for line in commands:
+        doctor._parser().parse_args(shlex.split(line))

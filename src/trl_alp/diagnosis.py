@@ -12,7 +12,8 @@ as the training model does, and whether it does once the weights have been synce
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 
@@ -201,34 +202,35 @@ def diagnose(
         p = _flat(score(model, trainer_ids, samples.completion_ids, setting.temperature))
         return Case(model, engine, setting, samples, trainer_ids, candidates, batch_size, progress), p, q
 
-    case, p, q = gather(seed)
-    known = torch.isfinite(q) & ~torch.isnan(p)
-    probe = _ask(engine, model, case.samples, sync, progress)
-    case.scores = probe.before if probe.after is None else probe.after
-    examined = _examine(case, p, q, probe.changed)
-    findings, tokens = examined.findings, examined.tokens
-    if probe.changed:
-        # The weights are one cause; fresh samples of the synced engine show what the others are.
-        weights = _weights_before_sync(case, probe)
-        fresh, *gap = gather(seed + 1)
-        fresh.scores = _flat(engine.score(fresh.samples.prompt_ids, fresh.samples.completion_ids))
-        findings = _examine(fresh, *gap, probe.changed).findings
-        if weights.cause == "weights" or not any(finding.cause == "weights" for finding in findings):
-            findings.append(weights)
-        tokens["explained"] = (p + (probe.before - probe.after) / setting.temperature)[known]
-        left = magnitude(tokens["explained"] - tokens["engine"])
-        total = examined.statistics["abs_mean"]
-        predicts = "a sync changes the engine's scores by just the gap"
-        examined.evidence.append(_row("staleness", "weights older than the trainer's", predicts, left, total))
-    findings.sort(key=lambda finding: finding.gap_after - finding.gap_before)
+    with _evaluating(model):
+        case, p, q = gather(seed)
+        known = torch.isfinite(q) & ~torch.isnan(p)
+        probe = _ask(engine, model, case.samples, sync, progress)
+        case.scores = probe.before if probe.after is None else probe.after
+        examined = _examine(case, p, q, probe.changed)
+        findings, tokens = examined.findings, examined.tokens
+        if probe.changed:
+            # The weights are one cause; fresh samples of the synced engine show what the others are.
+            weights = _weights_before_sync(case, probe)
+            fresh, *gap = gather(seed + 1)
+            fresh.scores = _flat(engine.score(fresh.samples.prompt_ids, fresh.samples.completion_ids))
+            findings = _examine(fresh, *gap, probe.changed).findings
+            if weights.cause == "weights" or not any(finding.cause == "weights" for finding in findings):
+                findings.append(weights)
+            tokens["explained"] = (p + (probe.before - probe.after) / setting.temperature)[known]
+            left = magnitude(tokens["explained"] - tokens["engine"])
+            total = examined.statistics["abs_mean"]
+            predicts = "a sync changes the engine's scores by just the gap"
+            examined.evidence.append(_row("staleness", "weights older than the trainer's", predicts, left, total))
+        findings.sort(key=lambda finding: finding.gap_after - finding.gap_before)
 
-    statistics = {"tokens": len(q), "unscored": int((~known).sum())} | examined.statistics
-    if probe.before is not None:
-        now = case.reference(State(ids="engine"), case.raw)
-        statistics["engine_repeat"] = magnitude(probe.before - probe.again)
-        statistics["engine_before_sync"] = magnitude(now - probe.before)
-        if probe.after is not None:
-            statistics["engine_after_sync"] = magnitude(now - probe.after)
+        statistics = {"tokens": len(q), "unscored": int((~known).sum())} | examined.statistics
+        if probe.before is not None:
+            now = case.reference(State(ids="engine"), case.raw)
+            statistics["engine_repeat"] = magnitude(probe.before - probe.again)
+            statistics["engine_before_sync"] = magnitude(now - probe.before)
+            if probe.after is not None:
+                statistics["engine_after_sync"] = magnitude(now - probe.after)
     gap = tokens["trainer"] - tokens["engine"]
     return Diagnosis(
         findings[0].cause if findings else "healthy",
@@ -240,6 +242,16 @@ def diagnose(
         by_probability(gap, tokens["engine"]),
         tokens,
     )
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 # ---- Weights: ask the engine ----

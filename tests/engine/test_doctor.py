@@ -22,6 +22,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from trl import GRPOTrainer
 
 from trl_alp.counterfactuals import scaled_adapter, without_adapter
 from trl_alp.diagnosis import Diagnosis, diagnose
@@ -435,3 +436,31 @@ def test_command_starts_vllm(policy_path, tmp_path, asked, status, cause):
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     assert json.loads((tmp_path / "out.json").read_text())["cause"] == cause
     assert "tokens" in done.stdout and "step" in done.stderr
+
+
+# ---- Inside a run: TRL's own engine and its own weight sync ----
+
+
+@pytest.mark.parametrize("tuned", ["full", "lora"])
+def test_trainers_own_engine_and_sync_are_examined(tmp_path, policy_path, colocate, tuned):
+    peft = {"peft_config": LoraConfig(r=4, lora_alpha=64, target_modules="all-linear")} if tuned == "lora" else {}
+    policy = Qwen2ForCausalLM.from_pretrained(policy_path, dtype=torch.float32)
+    trainer = tiny.trainer(tmp_path, GRPOTrainer, policy=policy, max_steps=2, learning_rate=5e-3, **peft, **colocate)
+    trainer.train()
+
+    class TrainersEngine(VLLMEngine):
+        def sync(self, model):
+            trainer.vllm_generation.sync_weights()
+
+    engine, prompts = TrainersEngine(trainer.vllm_generation.llm), sums(0)[:48]
+    # The last update came after the last generation, so the engine is one step behind.
+    assert run(engine, trainer.model, 0, prompts).cause == "staleness"
+    assert run(engine, trainer.model, 0, prompts).healthy
+    named_params = trainer.vllm_generation._iter_named_params
+    trainer.vllm_generation._iter_named_params = lambda: (
+        (name, value) for name, value in named_params() if "mlp" not in name
+    )
+    for parameter in trainer.model.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    found = run(engine, trainer.model, 0, prompts)
+    assert found.cause == "weights" and "leaves it with other weights" in found.verdict
