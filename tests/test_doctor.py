@@ -108,6 +108,10 @@ def never_synced():
     return run(tiny.model(), no_sync(copy_engine(moved(tiny.model()))))
 
 
+def never_synced_at_another_temperature():
+    return run(tiny.model(), no_sync(copy_engine(moved(tiny.model()))), setting=setting(temperature=2.0))
+
+
 def adapter_missing():
     return run(adapted(), no_sync(copy_engine(without_adapter(adapted()))))
 
@@ -186,6 +190,11 @@ def rounding():
     return run(tiny.model(init_std=0.8), copy_engine(tiny.model(init_std=0.8), dtype=torch.bfloat16))
 
 
+def quantised_copy():
+    """Stands for it: other weights under a quantised name, which no dtype explains and which cannot be synced."""
+    return run(tiny.model(), Faulty(copy_engine(moved(tiny.model())), quantization="int8", sync=unable))
+
+
 def double_bos():
     engine = copy_engine(tiny.model())
 
@@ -223,6 +232,7 @@ CAUSES = {
     healthy_lora: "healthy",
     healthy_engine_that_cannot_score: "healthy",
     never_synced: "weights",
+    never_synced_at_another_temperature: "weights",
     adapter_missing: "weights",
     adapter_twice: "weights",
     sync_breaks_it: "weights",
@@ -237,6 +247,7 @@ CAUSES = {
     truncation_that_nobody_asked_for: "sampling",
     defaults_of_the_generation_config: "sampling",
     rounding: "precision",
+    quantised_copy: "precision",
     double_bos: "tokenisation",
     other_chat_template: "tokenisation",
     left_padding_without_position_ids: "padding",
@@ -269,6 +280,12 @@ def test_two_faults_at_once_are_both_named(build, causes):
     assert {finding.cause for finding in found} == causes
     removed = [finding.gap_before - finding.gap_after for finding in found]
     assert removed == sorted(removed, reverse=True), "the dominant cause comes first"
+
+
+def test_sync_that_breaks_a_right_engine_is_told_from_one_that_never_works():
+    assert "closer to the trainer's before a sync" in sync_breaks_it().verdict
+    assert "a sync does not change that" in never_synced().verdict
+    assert "a sync changes the engine, but leaves it with other weights" in head_left_out_of_the_sync().verdict
 
 
 def test_matching_candidate_is_named_by_path(tmp_path):

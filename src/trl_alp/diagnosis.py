@@ -376,7 +376,6 @@ def _examine(case: Case, p: torch.Tensor, q: torch.Tensor, sync_changed: bool | 
             findings.append(Finding(cause, what, before, after))
     now = case.predict(state)
     remainder = left(now)
-
     unexplained = not any("weights" in finding.cause for finding in findings)
 
     statistics = gap_statistics((p - q)[known])
@@ -487,8 +486,8 @@ def _sampling(case: Case, state: State, evidence: list[dict]) -> tuple[float, st
 
 
 def magnitude(gap: torch.Tensor) -> float:
-    """Mean |gap| in nats, each token counting at most 1, so that a few wild tokens do not decide."""
-    gap = torch.nan_to_num(gap.double(), nan=0.0, posinf=1.0, neginf=-1.0)
+    """Mean |gap| in nats, each token counting at most 1 (NaN too), so that a few wild tokens do not decide."""
+    gap = torch.nan_to_num(gap.double(), nan=1.0, posinf=1.0, neginf=-1.0)
     return float(gap.abs().clamp(max=1).mean()) if gap.numel() else 0.0
 
 
