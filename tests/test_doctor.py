@@ -1,0 +1,524 @@
+"""The doctor on a second copy of the model under transformers, with one fault planted at a time."""
+
+import contextlib
+import copy
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from trl import GRPOTrainer
+
+from trl_alp import doctor
+from trl_alp.counterfactuals import processed, scaled_adapter, score_as_trl, without_adapter
+from trl_alp.diagnosis import diagnose
+from trl_alp.engines import GenerationSetting, Samples, TransformersEngine, plain_copy
+
+
+TOKENIZER = tiny.tokenizer()
+PROMPTS = ["abcdefgh"[: i % 7] + f"{i}+{i % 5}=" for i in range(64)]
+
+
+def setting(**kwargs):
+    return GenerationSetting(max_tokens=12, **kwargs)
+
+
+def run(model, engine, prompts=PROMPTS, tokenizer=TOKENIZER, **kwargs):
+    return diagnose(model, tokenizer, engine, prompts, kwargs.pop("setting", setting()), **kwargs)
+
+
+def copy_engine(model, mode="processed_logprobs", dtype=None):
+    return TransformersEngine(plain_copy(model, dtype), TOKENIZER, mode)
+
+
+def moved(model, size=0.01):
+    """Weights of some updates ago."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += size * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def adapted():
+    torch.manual_seed(2)
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.eval()
+
+
+class Faulty:
+    """An engine that does one thing wrong."""
+
+    def __init__(self, engine, **wrong):
+        self.engine = engine
+        self.__dict__.update(wrong)
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+
+def no_sync(engine):
+    return Faulty(engine, sync=lambda model: None)
+
+
+def unable(*args):
+    raise NotImplementedError
+
+
+# ---- Planted faults ----
+
+
+def healthy_fp32():
+    return run(tiny.model(), copy_engine(tiny.model()))
+
+
+def healthy_at_another_temperature():
+    return run(tiny.model(), copy_engine(tiny.model()), setting=setting(temperature=0.7))
+
+
+def healthy_bf16():
+    return run(tiny.model(init_std=0.1), copy_engine(tiny.model(init_std=0.1), dtype=torch.bfloat16))
+
+
+def healthy_lora():
+    return run(adapted(), copy_engine(adapted()))
+
+
+def healthy_engine_that_cannot_score():
+    return run(tiny.model(), Faulty(copy_engine(tiny.model()), score=unable, sync=unable))
+
+
+def never_synced():
+    return run(tiny.model(), no_sync(copy_engine(moved(tiny.model()))))
+
+
+def never_synced_at_another_temperature():
+    return run(tiny.model(), no_sync(copy_engine(moved(tiny.model()))), setting=setting(temperature=2.0))
+
+
+def adapter_missing():
+    return run(adapted(), no_sync(copy_engine(without_adapter(adapted()))))
+
+
+def adapter_twice():
+    with scaled_adapter(model := adapted(), 2.0):
+        engine = copy_engine(model)
+    return run(model, no_sync(engine))
+
+
+def sync_breaks_it():
+    engine = copy_engine(tiny.model())
+    return run(tiny.model(), Faulty(engine, sync=lambda model: engine.sync(moved(model))))
+
+
+def head_left_out_of_the_sync():
+    engine = copy_engine(moved(tiny.model()))
+
+    def sync(model):
+        head = engine.model.lm_head.weight.clone()
+        engine.sync(model)
+        engine.model.lm_head.weight.data.copy_(head)
+
+    return run(tiny.model(), Faulty(engine, sync=sync))
+
+
+def stale():
+    return run(tiny.model(), copy_engine(moved(tiny.model())))
+
+
+def stale_in_bf16():
+    return run(tiny.model(init_std=0.1), copy_engine(moved(tiny.model(init_std=0.1)), dtype=torch.bfloat16))
+
+
+def stale_without_a_sync():
+    return run(tiny.model(), copy_engine(moved(tiny.model())), sync=False)
+
+
+def temperature_raw():
+    return run(tiny.model(), copy_engine(tiny.model(), "raw_logprobs"), setting=setting(temperature=0.8))
+
+
+def top_p_processed():
+    return run(tiny.model(), copy_engine(tiny.model()), setting=setting(top_p=0.9))
+
+
+def top_p_raw():
+    return run(tiny.model(), copy_engine(tiny.model(), "raw_logprobs"), setting=setting(top_p=0.9))
+
+
+def top_k_raw():
+    return run(tiny.model(), copy_engine(tiny.model(), "raw_logprobs"), setting=setting(top_k=10))
+
+
+def truncation_that_nobody_asked_for():
+    engine = copy_engine(tiny.model(), "raw_logprobs")
+
+    def sample(prompts, asked, seed):
+        return engine.sample(prompts, setting(top_k=5), seed)
+
+    return run(tiny.model(), Faulty(engine, sample=sample))
+
+
+def defaults_of_the_generation_config():
+    model = tiny.model()
+    model.generation_config.repetition_penalty = 1.3
+    engine = copy_engine(model)
+
+    def sample(prompts, asked, seed):
+        return engine.sample(prompts, setting(repetition_penalty=1.3), seed)
+
+    return run(model, Faulty(engine, sample=sample))
+
+
+def rounding():
+    return run(tiny.model(init_std=0.8), copy_engine(tiny.model(init_std=0.8), dtype=torch.bfloat16))
+
+
+def quantised_copy():
+    """Stands for it: other weights under a quantised name, which no dtype explains and which cannot be synced."""
+    return run(tiny.model(), Faulty(copy_engine(moved(tiny.model())), quantization="int8", sync=unable))
+
+
+def double_bos():
+    engine = copy_engine(tiny.model())
+
+    def sample(prompts, asked, seed):
+        return engine.sample(["<eos>" + prompt for prompt in prompts], asked, seed)
+
+    return run(tiny.model(), Faulty(engine, sample=sample))
+
+
+def other_chat_template():
+    engine, trainer_side = copy_engine(tiny.model()), tiny.tokenizer()
+    engine.tokenizer = tiny.tokenizer()
+    engine.tokenizer.chat_template = "{{ messages[0].content }}"
+    trainer_side.chat_template = "{{ messages[0].content }} "
+    conversations = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    return run(tiny.model(), engine, conversations, trainer_side)
+
+
+def left_padding_without_position_ids():
+    return run(tiny.model("gpt2"), copy_engine(tiny.model("gpt2")))
+
+
+def left_padding_without_a_mask():
+    def score(model, prompt_ids, completion_ids, temperature):
+        width = max(map(len, prompt_ids))
+        return score_as_trl(model, [[0] * (width - len(p)) + p for p in prompt_ids], completion_ids, temperature)
+
+    return run(tiny.model(), copy_engine(tiny.model()), score=score)
+
+
+CAUSES = {
+    healthy_fp32: "healthy",
+    healthy_at_another_temperature: "healthy",
+    healthy_bf16: "healthy",
+    healthy_lora: "healthy",
+    healthy_engine_that_cannot_score: "healthy",
+    never_synced: "weights",
+    never_synced_at_another_temperature: "weights",
+    adapter_missing: "weights",
+    adapter_twice: "weights",
+    sync_breaks_it: "weights",
+    head_left_out_of_the_sync: "weights",
+    stale: "staleness",
+    stale_in_bf16: "staleness",
+    stale_without_a_sync: "weights or staleness",
+    temperature_raw: "sampling",
+    top_p_processed: "sampling",
+    top_p_raw: "sampling",
+    top_k_raw: "sampling",
+    truncation_that_nobody_asked_for: "sampling",
+    defaults_of_the_generation_config: "sampling",
+    rounding: "precision",
+    quantised_copy: "precision",
+    double_bos: "tokenisation",
+    other_chat_template: "tokenisation",
+    left_padding_without_position_ids: "padding",
+    left_padding_without_a_mask: "padding",
+}
+
+
+@pytest.mark.parametrize("plant", CAUSES, ids=lambda plant: plant.__name__)
+def test_planted_fault_is_named(plant):
+    diagnosis = plant()
+    assert [finding.cause for finding in diagnosis.findings] == [CAUSES[plant]] * (not diagnosis.healthy) or (
+        plant is sync_breaks_it
+    ), diagnosis.verdict
+    assert diagnosis.cause == CAUSES[plant]
+    assert diagnosis.verdict.startswith(CAUSES[plant]) and "\n" not in diagnosis.verdict
+
+
+@pytest.mark.parametrize(
+    ("build", "causes"),
+    [
+        (lambda: copy_engine(moved(tiny.model())), {"staleness", "sampling"}),
+        (lambda: no_sync(copy_engine(moved(tiny.model()))), {"weights", "sampling"}),
+    ],
+    ids=["stale", "never_synced"],
+)
+def test_two_faults_at_once_are_both_named(build, causes):
+    engine = build()
+    engine.logprobs_mode = getattr(engine, "engine", engine).logprobs_mode = "raw_logprobs"
+    found = run(tiny.model(), engine, setting=setting(temperature=0.6)).findings
+    assert {finding.cause for finding in found} == causes
+    removed = [finding.gap_before - finding.gap_after for finding in found]
+    assert removed == sorted(removed, reverse=True), "the dominant cause comes first"
+
+
+def test_sync_that_breaks_a_right_engine_is_told_from_one_that_never_works():
+    assert "closer to the trainer's before a sync" in sync_breaks_it().verdict
+    assert "a sync does not change that" in never_synced().verdict
+    assert "a sync changes the engine, but leaves it with other weights" in head_left_out_of_the_sync().verdict
+
+
+def test_matching_candidate_is_named_by_path(tmp_path):
+    moved(tiny.model()).save_pretrained(tmp_path / "old")
+    moved(tiny.model(), 0.03).save_pretrained(tmp_path / "older")
+    candidates = {name: str(tmp_path / name) for name in ("older", "old")}
+    fixed = run(tiny.model(), copy_engine(moved(tiny.model())), candidates=candidates)
+    unfixed = run(tiny.model(), no_sync(copy_engine(moved(tiny.model()))), candidates=candidates)
+    unknown = run(tiny.model(), copy_engine(moved(tiny.model())), candidates=candidates, sync=False)
+    assert fixed.cause == "staleness" and "the weights of old," in fixed.verdict
+    assert unfixed.cause == "weights" and "the weights of old," in unfixed.verdict
+    assert unknown.cause == "weights or staleness" and "the weights of old" in unknown.verdict
+
+
+def test_candidate_may_be_an_adapter(tmp_path):
+    with scaled_adapter(old := adapted(), 0.5):
+        engine = copy_engine(old)
+    for name, parameter in old.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.5
+    old.save_pretrained(tmp_path)
+    assert "the weights of old" in run(adapted(), no_sync(engine), candidates={"old": str(tmp_path)}).verdict
+
+
+def test_training_model_is_left_as_it_was():
+    for model in (tiny.model(), adapted()):
+        before = tiny.parameters(model)
+        run(model, copy_engine(moved(model), dtype=torch.bfloat16))
+        after = tiny.parameters(model)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_dropout_is_off_meanwhile():
+    model = tiny.model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    engine = copy_engine(model)
+    model.train()
+    assert run(model, engine).healthy and model.training
+
+
+def test_same_seed_gives_the_same_diagnosis_and_leaves_the_global_generator():
+    model, engine = tiny.model(), copy_engine(tiny.model())
+    state = torch.get_rng_state()
+    first, second = (run(model, engine, seed=3).to_dict() for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tokens_without_a_log_prob_are_left_out_and_counted():
+    engine = copy_engine(tiny.model())
+
+    def sample(prompts, asked, seed):
+        samples = engine.sample(prompts, asked, seed)
+        return samples._replace(logprobs=[[math.nan, *row[1:]] for row in samples.logprobs])
+
+    diagnosis = run(tiny.model(), Faulty(engine, sample=sample))
+    assert diagnosis.healthy and diagnosis.statistics["unscored"] == len(PROMPTS)
+
+
+# ---- What it computes with ----
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_default_scorer_is_that_of_trl(tmp_path, family):
+    trainer = tiny.trainer(tmp_path, GRPOTrainer, policy=tiny.model(family), temperature=0.7)
+    prompt_ids, completion_ids = [[3, 4, 5], [6], [7, 8]], [[9, 10], [11, 12, 13], [14]]
+    ours = score_as_trl(trainer.model, prompt_ids, completion_ids, 0.7)
+    ids = torch.tensor([[3, 4, 5, 9, 10, 0], [0, 0, 6, 11, 12, 13], [0, 7, 8, 14, 0, 0]])
+    theirs = trainer._get_per_token_logps_and_entropies(trainer.model, ids, (ids != 0).long(), 3)[0]
+    for row, expected in zip(ours, theirs.tolist(), strict=True):
+        assert row == pytest.approx(expected[: len(row)], abs=1e-5)
+
+
+def test_processed_log_probs_are_those_of_transformers():
+    torch.manual_seed(0)
+    asked = GenerationSetting(temperature=0.7, top_p=0.8, top_k=9, min_p=0.02, repetition_penalty=1.3)
+    prompt, completion = [1, 2, 3], [4, 5, 4, 6]
+    logits = 3 * torch.randn(len(completion), 20)
+    chain = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.7), MinPLogitsWarper(0.02),
+            TopKLogitsWarper(9), TopPLogitsWarper(0.8),
+        ]
+    )  # fmt: skip
+    for t, row in enumerate(processed(logits, prompt, completion, asked)):
+        expected = chain(torch.tensor([prompt + completion[:t]]), logits[t : t + 1].clone()).log_softmax(-1)[0]
+        torch.testing.assert_close(row, expected)
+
+
+def test_engine_samples_and_scores_with_the_same_log_probs():
+    engine = copy_engine(tiny.model())
+    samples = engine.sample(PROMPTS, setting(), 0)
+    scored = engine.score(samples.prompt_ids, samples.completion_ids)
+    for row, expected in zip(samples.logprobs, scored, strict=True):
+        assert row == pytest.approx(expected, abs=1e-5)
+
+
+# ---- The command ----
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny.saved(folder / "now")
+    TOKENIZER.save_pretrained(folder / "old")
+    moved(tiny.model()).save_pretrained(folder / "old")
+    adapted().save_pretrained(folder / "adapter")
+    return folder
+
+
+def command(*arguments):
+    options = ["--engine", "transformers", "--num-completions", "64", "--max-tokens", "8", "--no-progress"]
+    return doctor.main([*map(str, arguments), *options, "--device", "cpu"])
+
+
+def test_exit_status_is_0_when_healthy(saved, capsys):
+    assert command(saved / "now") == 0
+    assert capsys.readouterr().out.startswith("healthy: ")
+
+
+def test_exit_status_is_1_with_the_verdict_first_and_json_and_figure(saved, tmp_path, capsys):
+    files = "--json", tmp_path / "out.json", "--figure", tmp_path / "out.png"
+    assert command(saved / "now", "--engine-model", saved / "old", "--candidates", saved / "old", *files) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"staleness: the engine had the weights of {saved / 'old'}")
+    assert "hypothesis" in printed and "position" in printed and "probability under the engine" in printed
+    out = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)
+    keys = {"schema", "healthy", "cause", "verdict", "findings", "evidence", "statistics", "by_position"}
+    assert out.keys() == keys | {"by_probability"} and out["schema"] == 1
+    assert (out["healthy"], out["cause"]) == (False, "staleness")
+    assert out["findings"][0].keys() == {"cause", "what", "gap_before", "gap_after"}
+    assert out["evidence"][0].keys() == {"cause", "hypothesis", "predicts", "gap_left", "share_left"}
+    assert sum(row["tokens"] for row in out["by_position"]) == out["statistics"]["tokens"]
+    assert sum(row["tokens"] for row in out["by_probability"]) == out["statistics"]["tokens"]
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+def test_adapter_is_in_the_engine_unless_it_has_a_model_of_its_own(saved, capsys):
+    assert command(saved / "now", "--adapter", saved / "adapter") == 0
+    assert command(saved / "now", "--adapter", saved / "adapter", "--engine-model", saved / "now", "--no-sync") == 1
+    assert "the engine has the weights without the adapter" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/no/such/model"], "/no/such/model"),
+        (["{now}", "--temperature", "0"], "temperature=0.0 is out of range"),
+        (["{now}", "--top-p", "1.5"], "top_p=1.5 is out of range"),
+        (["{now}", "--prompts", "/no/such/file.txt"], "/no/such/file.txt"),
+        (["{now}", "--json", "/no/such/folder/out.json"], "a folder that does not exist"),
+        (["{now}", "--logprobs-mode", "raw"], "logprobs_mode='raw' is unknown"),
+        (["{now}", "--engine-model", "/no/such/model"], "/no/such/model"),
+    ],
+)
+def test_exit_status_is_2_when_it_cannot_run(saved, capsys, arguments, message):
+    assert command(*(argument.format(now=saved / "now") for argument in arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_exit_status_is_2_when_the_engine_breaks(saved, monkeypatch, capsys):
+    monkeypatch.setattr(TransformersEngine, "score", lambda *_: 1 / 0)
+    assert command(saved / "now") == 2
+    assert "could not run: ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_unknown_engine_is_a_usage_error(saved, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main([str(saved / "now"), "--engine", "sglang"])
+    assert stopped.value.code == 2 and "'sglang' is none of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.txt", "one\n\ntwo\n", ["one", "two", "one"]),
+        ("a.json", '["one", {"question": "two"}]', ["one", "two", "one"]),
+        ("a.jsonl", '{"prompt": "one"}\n{"prompt": [{"role": "user", "content": "x"}]}\n',
+         ["one", [{"role": "user", "content": "x"}], "one"]),
+    ],
+)  # fmt: skip
+def test_prompts_are_read_and_repeated(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text)
+    assert doctor.read_prompts(str(tmp_path / name), 3, chat=False) == expected
+
+
+def test_prompts_without_a_known_field_are_told(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"context": "x"}\n')
+    with pytest.raises(ValueError, match=r"a row has fields \['context'\]; name one of them `prompt`"):
+        doctor.read_prompts(str(tmp_path / "a.jsonl"), 3, chat=False)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rows", "message"),
+    [
+        ([], None, "non-empty list"),
+        (["a", [{"role": "user", "content": "b"}]], None, "all texts or all conversations"),
+        (["a"], Samples([[3]], [[4, 5]], [[-1.0]]), "1 log-probs for the 2 tokens of row 0"),
+        (["a"], Samples([[3]], [[4, 5]], [[math.nan] * 2]), "no finite log-probs"),
+        (["a"], Samples([[3]], [[]], [[]]), "no tokens"),
+    ],
+)
+def test_what_an_engine_may_not_return_is_told(prompts, rows, message):
+    engine = copy_engine(tiny.model())
+    with pytest.raises(ValueError, match=message):
+        run(tiny.model(), Faulty(engine, sample=lambda *_: rows), prompts)
+
+
+def test_it_needs_no_vllm(saved):
+    with contextlib.suppress(ImportError):
+        import vllm  # noqa: F401
+
+        pytest.skip("vLLM is installed here")
+    assert command(saved / "now") == 0
+    assert doctor.main([str(saved / "now"), "--engine", "vllm", "--device", "cpu"]) == 2
+
+
+# ---- docs/doctor.md ----
+
+DOCS = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text()
+
+
+def test_python_of_the_docs_runs(saved, capsys):
+    first, inside_a_run = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    TOKENIZER.save_pretrained(saved / "now")
+    exec(first.replace("Qwen/Qwen2.5-0.5B-Instruct", str(saved / "now")), {})
+    assert "mean |p - q|" in capsys.readouterr().out
+    compile(inside_a_run, "docs/doctor.md", "exec")  # tests/engine/test_doctor.py runs its like
+
+
+def test_commands_of_the_docs_parse():
+    commands = re.findall(r"^python -m trl_alp.doctor (.*)$", DOCS, re.MULTILINE)
+    assert len(commands) == 3
+    for line in commands:
+        doctor._parser().parse_args(shlex.split(line))
