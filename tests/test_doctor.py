@@ -22,10 +22,10 @@ from transformers import (
 )
 from trl import GRPOTrainer
 
-from trl_alp import doctor
-from trl_alp.counterfactuals import processed, scaled_adapter, score_as_trl, without_adapter
-from trl_alp.diagnosis import diagnose
-from trl_alp.engines import GenerationSetting, Samples, TransformersEngine, plain_copy
+from trl_alp.doctor import __main__ as doctor
+from trl_alp.doctor.counterfactuals import processed, scaled_adapter, score_as_trl, without_adapter
+from trl_alp.doctor.diagnosis import diagnose
+from trl_alp.doctor.engines import GenerationSetting, Samples, TransformersEngine, plain_copy
 
 
 TOKENIZER = tiny.tokenizer()

@@ -24,9 +24,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOTrainer
 
-from trl_alp.counterfactuals import scaled_adapter, without_adapter
-from trl_alp.diagnosis import Diagnosis, diagnose
-from trl_alp.engines import GenerationSetting, VLLMEngine, VLLMServerEngine, plain_copy
+from trl_alp.doctor.counterfactuals import scaled_adapter, without_adapter
+from trl_alp.doctor.diagnosis import Diagnosis, diagnose
+from trl_alp.doctor.engines import GenerationSetting, VLLMEngine, VLLMServerEngine, plain_copy
 
 
 pytestmark = [

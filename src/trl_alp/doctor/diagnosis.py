@@ -19,9 +19,9 @@ from itertools import pairwise
 
 import torch
 
+from ..mismatch import kl_estimates, percentiles
 from .counterfactuals import Case, Scorer, State, score_as_trl
 from .engines import Engine, GenerationSetting, Prompt, Samples, tokenise
-from .ratio import kl_estimates, percentiles
 
 
 # Healthy, as published: Tinker's documentation calls training stable with KL(sampler || learner) below 0.01 nats
@@ -149,11 +149,11 @@ def diagnose(
             The training model; it is not changed.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The trainer's tokenizer.
-        engine ([`~trl_alp.engines.Engine`]):
+        engine ([`~trl_alp.doctor.Engine`]):
             The engine.
         prompts (`Sequence[str | list[dict]]`):
             One for each completion; all of them texts or all of them conversations.
-        setting ([`~trl_alp.engines.GenerationSetting`], *optional*):
+        setting ([`~trl_alp.doctor.GenerationSetting`], *optional*):
             What to sample with.
         score (`Callable`, *optional*, defaults to [`score_as_trl`]):
             How the trainer scores: `score(model, prompt_ids, completion_ids, temperature)`.

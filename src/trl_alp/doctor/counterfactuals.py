@@ -223,7 +223,7 @@ def processed(logits: torch.Tensor, prompt_ids: list[int], completion_ids: list[
             Logits that predict the completion.
         prompt_ids, completion_ids (`list[int]`):
             The row; the penalty counts prompt tokens too.
-        setting ([`~trl_alp.engines.GenerationSetting`]):
+        setting ([`~trl_alp.doctor.GenerationSetting`]):
             What the engine sampled with.
 
     Returns:
