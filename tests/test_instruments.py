@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_alp import instrument
-from trl_alp.instruments import HEALTH, Instruments
+from trl_alp.instruments import FRESH_HEALTH, UPDATE_HEALTH, Instruments
 
 
 COLUMNS = ["step", "policy", "probability_low", "probability_high", "tokens"]
@@ -57,16 +57,52 @@ def test_a_fresh_run_does_not_mix_with_the_one_before_it(tmp_path):
     tiny.trainer(tmp_path, max_steps=3).train()
     tiny.trainer(tmp_path, max_steps=1).train()
     assert [row["step"] for row in lines(tmp_path)] == [1, 1]
+    tiny.trainer(tmp_path, max_steps=1).train()
     assert len(list((tmp_path / "alp").glob("*.parquet"))) == 1
-    assert len(list((tmp_path / "alp.previous").glob("*.parquet"))) == 3
+    assert len(list((tmp_path / "alp.previous-1").glob("*.parquet"))) == 3
+    assert len(list((tmp_path / "alp.previous-2").glob("*.parquet"))) == 1
 
 
-def test_a_half_written_last_line_does_not_stop_a_resume(tmp_path):
-    tiny.trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2).train()
+def test_an_evaluation_outside_a_run_does_not_touch_the_log_of_another(tmp_path):
+    tiny.trainer(tmp_path, max_steps=1).train()
+    before = lines(tmp_path)
+    tiny.trainer(tmp_path, eval_dataset=tiny.prompts(8), per_device_eval_batch_size=8).evaluate()
+    assert lines(tmp_path) == before
+
+
+def test_unreadable_lines_do_not_stop_a_resume_and_later_envelopes_are_dropped(tmp_path):
+    tiny.trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=4).train()
     log = tmp_path / "alp" / "metrics.jsonl"
-    log.write_text(log.read_text() + '{"step": 2, "lo')
-    tiny.trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 3]
+    log.write_text("not json\n[]\n" + log.read_text() + '{"step": 2, "lo')
+    tiny.trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 2]
+    assert len(list((tmp_path / "alp").glob("*.parquet"))) == 2
+
+
+def test_the_log_may_hold_tensors_and_numbers_of_numpy(tmp_path):
+    import numpy as np
+
+    instruments = instruments_at(tmp_path)
+    instruments.append({"step": 1, "a": torch.tensor(1.5), "b": np.float32(2.5), "c": torch.zeros(2)})
+    assert lines(tmp_path) == [{"step": 1, "a": 1.5, "b": 2.5, "c": "tensor([0., 0.])"}]
+
+
+@pytest.mark.parametrize("logging", [{"logging_strategy": "epoch"}, {"logging_steps": 3}], ids=["epoch", "3 of 4"])
+def test_whatever_the_logging_steps_all_that_is_logged_is_measured(tmp_path, logging):
+    trainer = tiny.trainer(tmp_path, max_steps=4, train_dataset=tiny.prompts(4), **logging)  # 2 steps an epoch
+    trainer.train()
+    steps = [row["step"] for row in trainer.state.log_history if "alp/kl/k3" in row]
+    assert steps == ([2, 4] if "logging_strategy" in logging else [3, 4])
+
+
+@pytest.mark.parametrize("watched", ["alp", "stock"])
+def test_a_window_without_any_token_is_no_error(tmp_path, monkeypatch, watched):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    settings = {"mask_truncated_completions": True, "max_completion_length": 1, "report_to": "tensorboard"}
+    trainer = tiny.trainer(tmp_path, **settings) if watched == "alp" else instrument(stock(tmp_path, **settings))
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert list(pd.read_parquet(tmp_path / "alp" / "envelope_00000001.parquet").columns) == COLUMNS
 
 
 # ---- Where it is shown ----
@@ -107,6 +143,7 @@ def test_the_envelope_reaches_trackio_as_a_table(tmp_path, monkeypatch):
     trackio = types.SimpleNamespace(log=shown.append, Table=lambda dataframe: dataframe)
     monkeypatch.setitem(sys.modules, "trackio", trackio)
     instruments = Instruments(Accelerator(cpu=True), str(tmp_path), ["trackio"])
+    instruments.begin(0)
     p, q = torch.zeros(2, 5), torch.full((2, 5), -0.1)
     instruments.record("update", p, q, torch.ones(2, 5), staleness=0)
     instruments.flush(7)
@@ -187,73 +224,183 @@ def test_other_trainers_are_refused_with_the_reason():
         instrument(object())
 
 
+def test_evaluation_in_between_is_not_measured(tmp_path):
+    rows = []
+    for evaluating in ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": tiny.prompts(8)}):
+        trainer = instrument(stock(tmp_path, per_device_eval_batch_size=8, **OFF_POLICY, **evaluating))
+        trainer.train()
+        rows.append([row for row in tiny.history(trainer) if "alp/kl/k3" in row])
+    assert [row["alp/staleness"] for row in rows[1]] == [0, 1, 0, 1]
+    assert rows[0][0]["alp/perplexity/policy"] == rows[1][0]["alp/perplexity/policy"]
+
+
+def test_tool_output_stays_out_of_stock_metrics(tmp_path):
+    def tool_output_first(batch, trainer):
+        output = tiny.rollout_func(0.0)(batch, trainer)
+        output["env_mask"] = [[0] + [1] * (len(ids) - 1) for ids in output["completion_ids"]]
+        for row in output["logprobs"]:
+            row[0] -= 50.0
+        return output
+
+    trainer = instrument(stock(tmp_path, rollout_func=tool_output_first, steps_per_generation=2))
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["alp/token/log_ratio/max"]) < 1
+    assert abs(trainer.state.log_history[0]["alp/old/token/log_ratio/max"]) < 1
+
+
+def test_nothing_is_kept_of_a_loss_that_fails(tmp_path, monkeypatch):
+    trainer = stock(tmp_path)
+    score = trainer._get_per_token_logps_and_entropies
+
+    def failing(model, inputs):
+        score(model, inputs["completion_ids"], torch.ones_like(inputs["completion_ids"]), 2)
+        raise MemoryError
+
+    monkeypatch.setattr(trainer, "_compute_loss", failing)
+    instrument(trainer)
+    with pytest.raises(MemoryError):
+        trainer.train()
+    (watcher,) = [c for c in trainer.callback_handler.callbacks if hasattr(c, "watch_loss")]
+    assert watcher.logps is None and not watcher.in_loss
+
+
+def test_a_loss_that_does_not_score_is_warned_about_and_trains(tmp_path, monkeypatch, caplog):
+    trainer = stock(tmp_path)
+    weight = trainer.model.lm_head.weight
+    monkeypatch.setattr(trainer, "_compute_loss", lambda model, inputs: weight.sum())
+    instrument(trainer).train()
+    assert trainer.state.global_step == 2
+    assert caplog.text.count("loss does not score the policy") == 1
+
+
 # ---- Health ----
 
 
-def flush(tmp_path, gap, staleness=0, policy="update", perturbed=False, instruments=None):
-    instruments = instruments or Instruments(Accelerator(cpu=True), str(tmp_path), [], perturbed=perturbed)
-    q = torch.full_like(gap, -1.0)
-    instruments.record(policy, q + gap, q, torch.ones_like(gap), staleness)
-    instruments.flush(1)
+def instruments_at(folder, **kwargs):
+    instruments = Instruments(Accelerator(cpu=True), str(folder), [], **kwargs)
+    instruments.begin(0)
     return instruments
 
 
-def noise(std, mean=0.0):
-    return mean + std * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+def record(instruments, gap, staleness=0, policy="update", engine=True):
+    q = torch.full_like(gap, -1.0)
+    instruments.record(policy, q + gap, q, torch.ones_like(gap), staleness, engine=engine)
+    return instruments
+
+
+def gaps(std, mean=0.0, rows=64):
+    return mean + std * torch.randn(rows, 64, generator=torch.Generator().manual_seed(0))
+
+
+def heavy_tail(share, size):
+    gap = torch.zeros(64, 64)
+    gap.view(-1)[: int(share * gap.numel())] = size
+    return gap
 
 
 CROSSINGS = {
-    "token/mult_prob_error": noise(0.08),
-    "kl/k1": noise(0.01, mean=-0.02),
-    "token/ess": noise(1.5),
-    "token/chi2": noise(1.5),
+    "fresh/token/mult_prob_error": (gaps(0.08, mean=0.003), "above 1.05"),
+    "fresh/kl/k1": (gaps(0.01, mean=-0.02), "above 0.01"),
+    "fresh/kl/k1 ": (gaps(0.01, mean=0.02), "below -0.01"),
+    "unscored_share": (torch.where(torch.arange(64) < 8, math.nan, 0.0).expand(64, 64), "above 0.1"),
+    "kl/k1": (gaps(0.1, mean=-0.2), "above 0.1"),
+    "kl/k1 ": (gaps(0.1, mean=0.2), "below -0.1"),
+    "token/ess": (torch.cat([torch.full((54, 64), -4.0), torch.full((10, 64), -0.1)]), "below 0.3"),
+    "token/chi2": (heavy_tail(0.02, 2.4), "above 1"),
 }
 
 
 @pytest.mark.parametrize("metric", CROSSINGS)
 def test_a_crossed_bound_is_warned_about_once_with_its_source_and_a_way_out(tmp_path, caplog, metric):
-    instruments = flush(tmp_path, CROSSINGS[metric])
-    (bound,) = [b for b in HEALTH if b.metric == metric][:1]
-    assert len(re.findall(rf"alp/{metric}=\S+ is (above|below) .*{re.escape(bound.source)}", caplog.text)) == 1
+    gap, side = CROSSINGS[metric]
+    metric = metric.strip()
+    (bound, *_) = [b for b in FRESH_HEALTH + UPDATE_HEALTH if b.metric == metric]
+    instruments = instruments_at(tmp_path)
+    staleness = 0 if bound in FRESH_HEALTH else 3
+    record(instruments, gap, staleness).flush(1)
+    assert len(re.findall(rf"alp/{metric}=\S+ is {side} \({re.escape(bound.source)}\)", caplog.text)) == 1
     assert "trl-alp-doctor" in caplog.text
-    before = caplog.text.count("the bound of")
-    flush(tmp_path, CROSSINGS[metric], instruments=instruments)
-    assert caplog.text.count("the bound of") == before
+    advice = "These rollouts are fresh" if bound in FRESH_HEALTH else "take fewer updates"
+    assert advice in caplog.text
+    record(instruments, gap, staleness).flush(2)
+    assert len(caplog.records) == 1
 
 
 def test_a_healthy_run_is_not_warned_about(tmp_path, caplog):
-    flush(tmp_path, noise(0.02))
-    assert "the bound of" not in caplog.text
+    record(instruments_at(tmp_path), gaps(0.02)).flush(1)
+    assert not caplog.records
 
 
-def test_bounds_on_the_engine_hold_for_fresh_rollouts_only(tmp_path, caplog):
-    flush(tmp_path, noise(0.08, mean=-0.02), staleness=3)
-    assert "the bound of" not in caplog.text  # drift of this size is what updates do
-    flush(tmp_path, noise(0.1, mean=-0.2), staleness=3)
-    assert "alp/kl/k1=0.201 is above 0.1" in caplog.text and "take fewer updates per batch of rollouts" in caplog.text
+def test_several_bounds_crossed_at_once_make_one_warning(tmp_path, caplog):
+    record(instruments_at(tmp_path), gaps(1.5), staleness=2).flush(1)
+    (warning,) = caplog.records
+    assert warning.getMessage().count("verl") >= 2
+
+
+def test_bounds_on_the_engine_look_at_the_fresh_rollouts_of_a_mixed_window(tmp_path, caplog):
+    record(instruments_at(tmp_path), gaps(0.08, mean=-0.02), staleness=3).flush(1)
+    assert not caplog.records  # drift of this size is what updates do
+    instruments = record(instruments_at(tmp_path / "mixed"), gaps(0.02), staleness=3)
+    metrics = record(instruments, gaps(0.2), staleness=0).flush(1)
+    assert "alp/fresh/token/mult_prob_error" in caplog.text
+    assert metrics["alp/fresh/token/mult_prob_error"] > metrics["alp/token/mult_prob_error"] > 1.05
+    assert metrics["alp/staleness"] == 1.5
+
+
+def test_the_update_is_looked_at_beside_a_healthy_engine(tmp_path, caplog):
+    instruments = record(instruments_at(tmp_path), gaps(0.001), policy="old")
+    record(instruments, gaps(0.3, mean=-0.5), staleness=3).flush(1)
+    (warning,) = caplog.records
+    assert "alp/kl/k1=0.5" in warning.getMessage() and "fresh" not in warning.getMessage()
 
 
 def test_noise_is_not_taken_for_a_fault_of_the_engine(tmp_path, caplog):
-    flush(tmp_path, noise(0.08), perturbed=True)
-    assert "the bound of" not in caplog.text
-    flush(tmp_path, noise(0.08), perturbed=True, policy="noise_off")
-    assert "alp/noise_off/token/mult_prob_error" in caplog.text and "The noise is part of it" not in caplog.text
+    record(instruments_at(tmp_path, perturbed=True), gaps(0.08)).flush(1)
+    assert not caplog.records
+    instruments = record(instruments_at(tmp_path, perturbed=True), gaps(0.08))
+    record(instruments, gaps(0.08), policy="noise_off").flush(1)
+    (warning,) = caplog.records
+    assert "alp/noise_off/fresh/token/mult_prob_error" in warning.getMessage()
     caplog.clear()
-    flush(tmp_path, noise(0.1, mean=-0.2), perturbed=True)
+    record(instruments_at(tmp_path, perturbed=True), gaps(0.1, mean=-0.2)).flush(1)
     assert "The noise is part of it; `alp_monitor_every=10`" in caplog.text
+    caplog.clear()
+    instruments = record(instruments_at(tmp_path, perturbed=True), gaps(0.01), policy="noise_off")
+    record(instruments, gaps(0.1, mean=-0.2)).flush(1)
+    assert "kl/k1" in caplog.text and "alp_monitor_every" not in caplog.text
+
+
+def test_a_policy_that_disagrees_with_itself_is_told_of_dropout_and_not_of_an_engine(tmp_path, caplog):
+    record(instruments_at(tmp_path), gaps(0.3), engine=False).flush(1)
+    assert "`disable_dropout=True`" in caplog.text and "engine's" not in caplog.text
+
+
+def test_few_tokens_are_not_judged(tmp_path, caplog):
+    record(instruments_at(tmp_path), gaps(0.3, rows=4)).flush(1)
+    assert not caplog.records
 
 
 def test_a_run_whose_engine_is_off_is_warned_about(tmp_path, caplog):
-    tiny.trainer(tmp_path, rollout_func=tiny.rollout_func(0.5), alp_enabled=False).train()
-    assert "the bound of NeMo-RL" in caplog.text
+    settings = {"alp_enabled": False, "per_device_train_batch_size": 128, "steps_per_generation": 2}
+    settings["train_dataset"] = tiny.prompts(128)
+    tiny.trainer(tmp_path, rollout_func=tiny.rollout_func(0.5), logging_steps=2, **settings).train()
+    assert "NeMo-RL" in caplog.text
     caplog.clear()
-    tiny.trainer(tmp_path, alp_enabled=False).train()
-    assert "the bound of" not in caplog.text
+    tiny.trainer(tmp_path, **settings).train()
+    assert "NeMo-RL" not in caplog.text
 
 
-def test_metrics_without_value_cross_nothing(tmp_path, caplog):
-    instruments = Instruments(Accelerator(cpu=True), str(tmp_path), [])
-    instruments.record("update", torch.zeros(2, 3), torch.full((2, 3), math.nan), torch.ones(2, 3), 0)
+def test_dropout_without_an_engine_is_named(tmp_path, caplog):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, lora_dropout=0.5, init_lora_weights=False, target_modules="all-linear")
+    settings = {"per_device_train_batch_size": 128, "steps_per_generation": 2, "train_dataset": tiny.prompts(128)}
+    instrument(stock(tmp_path, peft_config=lora, **settings)).train()
+    assert "`lora_dropout=0`" in caplog.text and "the inference engine's" not in caplog.text
+
+
+def test_metrics_without_value_are_left_out_and_cross_nothing(tmp_path, caplog):
+    instruments = record(instruments_at(tmp_path), torch.full((2, 3), math.nan))
     metrics = instruments.flush(1)
-    assert metrics["alp/unscored_tokens"] == 6 and math.isnan(metrics["alp/kl/k1"])
-    assert "the bound of" not in caplog.text
+    assert metrics["alp/unscored_tokens"] == 6 and "alp/kl/k1" not in metrics
+    assert "kl/k1" not in caplog.text

@@ -122,9 +122,9 @@ def test_tokens_without_a_finite_log_prob_are_counted_and_left_out():
             pair[which][bad.bool()] = values
             metrics = pooled("token", [(*pair, mask)]).metrics
             assert metrics["unscored_tokens"] == (bad * mask).sum() > 0
-            expected = pooled("token", [(p, q, mask * (1 - bad))]).metrics | {
-                "unscored_tokens": metrics["unscored_tokens"]
-            }
+            expected = pooled("token", [(p, q, mask * (1 - bad))]).metrics
+            expected["unscored_tokens"] = (bad * mask).sum().item()
+            expected["unscored_share"] = (bad * mask).sum().item() / mask.sum().item()
             assert metrics == pytest.approx(expected, rel=1e-6) and metrics != pytest.approx(clean, rel=1e-6)
 
 
@@ -161,7 +161,25 @@ def test_histogram_counts_each_token_between_its_edges():
     assert np.abs(np.cumsum(counts) - histogram.cumsum(0).numpy()).max() <= 1  # rounding at an edge
 
 
-def test_further_means_are_weighted():
+def test_sequences_without_a_scored_token_are_no_units():
+    p, q, mask = micro_batch(0)
+    q[2] = math.nan
+    for level in ("sequence", "sequence_geometric"):
+        left_out = pooled(level, [(p[[0, 1, 3]], q[[0, 1, 3]], mask[[0, 1, 3]])]).metrics
+        for name, value in pooled(level, [(p, q, mask)]).metrics.items():
+            assert value == pytest.approx(left_out[name], rel=1e-9) or "unscored" in name, name
+
+
+def test_further_means_are_weighted_and_leave_out_what_is_not_finite():
+    meter = MismatchMeter()
+    values, weights = torch.tensor([[1.0, 3.0, math.nan, math.inf]]), torch.tensor([[0.5, 0.25, 1.0, 1.0]])
+    meter.update(torch.zeros(1, 4), torch.zeros(1, 4), torch.ones(1, 4), {"mean": (values, weights)})
+    mismatch = meter.compute()
+    assert mismatch.metrics["mean"] == pytest.approx((0.5 * 1 + 0.25 * 3) / 0.75)
+    assert mismatch.weights == {"mean": 0.75}
+
+
+def test_further_means_are_pooled():
     p, q, mask = micro_batch(0)
     meter = MismatchMeter()
     meter.update(p, q, mask, {"clip": (p > q, mask), "none": (p, torch.zeros_like(mask))})

@@ -726,8 +726,17 @@ RATIOS = ("ratio", "log_ratio", "token/log_ratio", "sequence/log_ratio")
 MONITORED = [f"{n}/{s}" for n in RATIOS for s in SHAPES]
 MONITORED += [f"{level}{name}" for level in ("", "token/", "sequence/") for name in ("ess", "chi2")]
 MONITORED += [f"token/{name}" for name in ("above_0.1", "above_1", "above_5", "mult_prob_error")]
-MONITORED += ["perplexity/policy", "perplexity/behaviour", "perplexity/log_gap", "kl/k1", "kl/k3", "unscored_tokens"]
+MONITORED += [
+    "perplexity/policy",
+    "perplexity/behaviour",
+    "perplexity/log_gap",
+    "kl/k1",
+    "kl/k3",
+    "unscored_tokens",
+    "unscored_share",
+]
 MONITORED += ["clip/low", "clip/high", "clip/dual", "clip/fresh"]
+MONITORED += ["fresh/kl/k1", "fresh/kl/k3", "fresh/token/mult_prob_error"]
 METRICS = [f"alp/{name}" for name in MONITORED] + ["alp/staleness", "alp/sigma/grad_norm", "alp/noise_off/entropy"]
 METRICS += [f"alp/{n}/{s}" for n in ("sigma", "noise/effective") for s in ("mean", "min", "max")]
 METRICS += [f"alp/sigma/{name}layer_0{layer}" for name in ("", "grad/") for layer in (0, 1)]

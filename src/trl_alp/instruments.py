@@ -4,10 +4,11 @@
 This module measures and writes; the trainer decides what is measured and when (`trainer.py`).
 """
 
+import itertools
 import json
 import math
 import os
-import shutil
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from .mismatch import Mismatch, MismatchMeter, bucket_edges
+from .ratio import MAX_LOG_RATIO
 
 
 logger = get_logger(__name__)  # speaks on the main process only
@@ -32,24 +34,32 @@ PREFIXES = {
 
 @dataclass(frozen=True)
 class _Bound:
-    """A published bound on a metric. `fresh`: it holds for the very weights that sampled, not for later ones."""
+    """A bound on a metric, and whose it is."""
 
     metric: str
     highest: float
     source: str
     lowest: float = -math.inf
-    fresh: bool = False
 
 
 # The bounds of others, since nobody has ours yet. k1 and k3 are different estimates of one divergence, and the
 # multiplicative error of tokens a third view; a number of one is no bound on another.
-HEALTH = (
-    _Bound("token/mult_prob_error", 1.05, "NeMo-RL, docs/adding-new-models.md", fresh=True),
-    _Bound("kl/k1", 0.01, "Tinker, docs/rl/rl-hyperparams", lowest=-0.01, fresh=True),
+# Held against fresh rollouts without noise: the very weights that sampled.
+FRESH_HEALTH = (
+    _Bound("fresh/token/mult_prob_error", 1.05, "NeMo-RL, docs/adding-new-models.md"),
+    _Bound("fresh/kl/k1", 0.01, "Tinker, docs/rl/rl-hyperparams", lowest=-0.01),
+    _Bound("unscored_share", 0.1, "trl_alp: single tokens without log-prob are usual in vLLM, a tenth is not"),
+)
+# Held against the policy of the update, however many updates its rollouts have seen.
+UPDATE_HEALTH = (
     _Bound("kl/k1", 0.1, "verl, docs/algo/rollout_corr.md", lowest=-0.1),
     _Bound("token/ess", math.inf, "verl, docs/algo/rollout_corr.md", lowest=0.3),
     _Bound("token/chi2", 1.0, "verl, docs/algo/rollout_corr.md"),
 )
+# Of fewer tokens a mean says too little: with gaps of 0.05 nats, the standard error of k1 over 500 is 0.002.
+_FEWEST_TOKENS = 500
+_COLUMNS = ("step", "policy", "probability_low", "probability_high", "tokens")
+_COLUMNS += ("p02", "p25", "p50", "p75", "p98", "min", "max")
 
 
 class Instruments:
@@ -71,8 +81,8 @@ class Instruments:
         level (`str`, *optional*, defaults to `"token"`):
             Level of the ratio in the loss.
         perturbed (`bool`, *optional*, defaults to `False`):
-            Whether the policy of the update carries noise. Bounds that hold for an engine are then held against the
-            noise-off policy only.
+            Whether the policy of the update carries noise. Bounds on an engine are then held against the noise-off
+            policy alone.
     """
 
     def __init__(
@@ -89,24 +99,31 @@ class Instruments:
         self.level = level
         self.perturbed = perturbed
         self.meters = {policy: MismatchMeter(level) for policy in PREFIXES}
-        self._staleness: dict[str, list[int]] = {policy: [] for policy in PREFIXES}
+        self._staleness = [0, 0]  # sum and number over the micro-batches of the update
+        self._engine = True  # whether an engine reported the behaviour log-probs
+        self._monitored = False
+        self._begun = False
         self._warned: set[_Bound] = set()
 
     def begin(self, step: int) -> None:
         """Start measuring at a step: 0, or that of the checkpoint a run is resumed from."""
-        for policy, meter in self.meters.items():  # an interrupted run may have left something
+        for meter in self.meters.values():  # an interrupted run may have left something
             meter.reset()
-            self._staleness[policy].clear()
+        self._staleness, self._begun = [0, 0], True
         if not (self.accelerator.is_main_process and os.path.isdir(self.folder)):
             return
         if step == 0:  # another run's
-            shutil.rmtree(f"{self.folder}.previous", ignore_errors=True)
-            os.rename(self.folder, f"{self.folder}.previous")
+            numbers = (n for n in itertools.count(1) if not os.path.exists(f"{self.folder}.previous-{n}"))
+            os.rename(self.folder, f"{self.folder}.previous-{next(numbers)}")
             return
+        # What is done again is logged again.
+        for name in os.listdir(self.folder):
+            if (match := re.fullmatch(r"envelope_(\d+)\.parquet", name)) and int(match[1]) > step:
+                os.remove(os.path.join(self.folder, name))
         log = os.path.join(self.folder, "metrics.jsonl")
-        if os.path.isfile(log):  # what is done again is logged again
+        if os.path.isfile(log):
             with open(log) as file:
-                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+                lines = [line for line in file if _step_of(line) <= step]
             with open(log, "w") as file:
                 file.writelines(lines)
 
@@ -118,11 +135,24 @@ class Instruments:
         mask: torch.Tensor,
         staleness: int,
         means: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+        engine: bool = True,
     ) -> None:
-        """Pool one micro-batch of a policy; `staleness` is the number of updates since its rollouts were sampled, and
-        the rest as in [`MismatchMeter.update`]."""
+        """Pool one micro-batch of a policy; `staleness` is the number of updates since its rollouts were sampled,
+        `engine` whether an inference engine reported the behaviour log-probs, and the rest as in
+        [`MismatchMeter.update`]."""
+        gap = (logps.detach() - behaviour_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        fresh = mask * (staleness == 0)
+        means = {
+            **(means or {}),
+            "fresh/kl/k1": (-gap, fresh),
+            "fresh/kl/k3": (gap.expm1() - gap, fresh),
+            "fresh/token/mult_prob_error": (gap.abs().exp(), fresh),
+        }
         self.meters[policy].update(logps, behaviour_logps, mask, means)
-        self._staleness[policy].append(staleness)
+        self._engine, self._monitored = engine, self._monitored or policy == "noise_off"
+        if policy == "update":
+            self._staleness[0] += staleness
+            self._staleness[1] += 1
 
     def flush(self, step: int, tensorboard: Any = None) -> dict[str, float]:
         """
@@ -147,19 +177,22 @@ class Instruments:
             for policy, mismatch in measured.items()
             for name, value in mismatch.metrics.items()
         }
-        if staleness := self._staleness["update"]:
-            metrics["alp/staleness"] = sum(staleness) / len(staleness)
+        staleness, micro_batches = self._staleness
+        if micro_batches:
+            metrics["alp/staleness"] = staleness / micro_batches
+        self._staleness = [0, 0]
         self._check_health(measured)
-        self._staleness = {policy: [] for policy in PREFIXES}
         if measured and self.accelerator.is_main_process:
             self._show(measured, step, tensorboard)
-        return metrics
+        return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add an entry of the trainer's log to `metrics.jsonl`; to be called on the main process."""
+        if not self._begun:  # an evaluation before or after the run; the log beside it may be another's
+            return
         os.makedirs(self.folder, exist_ok=True)
         with open(os.path.join(self.folder, "metrics.jsonl"), "a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(entry, default=_plain) + "\n")
 
     def _show(self, measured: dict[str, Mismatch], step: int, tensorboard: Any) -> None:
         rows = [
@@ -167,7 +200,7 @@ class Instruments:
             for policy, mismatch in measured.items()
             for row in mismatch.envelope
         ]
-        envelope = pd.DataFrame(rows)
+        envelope = pd.DataFrame(rows, columns=_COLUMNS)
         os.makedirs(self.folder, exist_ok=True)
         envelope.to_parquet(os.path.join(self.folder, f"envelope_{step:08d}.parquet"), index=False)
         if "wandb" in self.report_to:
@@ -187,38 +220,64 @@ class Instruments:
                 _add_histogram(tensorboard, f"{PREFIXES[policy]}/token/log_ratio", mismatch.histogram, step)
 
     def _check_health(self, measured: dict[str, Mismatch]) -> None:
-        policy = next((name for name in ("noise_off", "old", "update") if name in measured), None)
-        if policy is None:
-            return
-        metrics = measured[policy].metrics
-        noisy = self.perturbed and policy == "update"
-        fresh = not noisy and max(self._staleness[policy]) == 0
-        for bound in HEALTH:
-            value = metrics[bound.metric]
-            if bound in self._warned or (bound.fresh and not fresh) or math.isnan(value):
+        # The engine is seen best in the policy that has neither noise nor updates in it.
+        clean = [name for name in ("noise_off", "old", "update") if name in measured]
+        if self.perturbed and "update" in clean:
+            clean.remove("update")
+        engine = [line for name in clean[:1] for line in self._crossed(name, measured[name], FRESH_HEALTH)]
+        update = self._crossed("update", measured["update"], UPDATE_HEALTH) if "update" in measured else []
+        if engine:
+            logger.warning("; ".join(engine) + ". " + (_ENGINE_ADVICE if self._engine else _NO_ENGINE_ADVICE))
+        if update:
+            noise = _NOISE_ADVICE if self.perturbed and not self._monitored else ""
+            logger.warning("; ".join(update) + ". " + noise + _UPDATE_ADVICE)
+
+    def _crossed(self, policy: str, mismatch: Mismatch, bounds: tuple[_Bound, ...]) -> list[str]:
+        """Say of each bound that is crossed for the first time how far."""
+        lines = []
+        for bound in bounds:
+            value = mismatch.metrics[bound.metric]
+            if mismatch.weights.get(bound.metric, math.inf) < _FEWEST_TOKENS:
                 continue
-            if not bound.lowest <= value <= bound.highest:
-                self._warned.add(bound)
-                logger.warning(_health_warning(f"{PREFIXES[policy]}/{bound.metric}", value, bound, fresh, noisy))
+            if math.isnan(value) or bound.lowest <= value <= bound.highest or bound in self._warned:
+                continue
+            self._warned.add(bound)
+            side, crossed = ("above", bound.highest) if value > bound.highest else ("below", bound.lowest)
+            lines.append(f"{PREFIXES[policy]}/{bound.metric}={value:.3g} is {side} {crossed:g} ({bound.source})")
+        return lines
 
 
-def _health_warning(name: str, value: float, bound: _Bound, fresh: bool, noisy: bool) -> str:
-    crossed = bound.highest if value > bound.highest else bound.lowest
-    side = "above" if value > bound.highest else "below"
-    message = f"{name}={value:.3g} is {side} {crossed:g}, the bound of {bound.source}. "
-    if fresh:
-        return message + (
-            "These are the weights that sampled, so it comes from the inference engine: weights that were not synced, "
-            "log-probs of another distribution (temperature, top_p, the engine's log-prob mode), other tokens, or low "
-            "precision. `trl-alp-doctor` tells which; mend it before tuning anything else."
-        )
-    if noisy:
-        message += "The noise is part of it; `alp_monitor_every=10` would log the ratio without noise beside it. "
-    return message + (
-        "The policy is far from the one that sampled: take fewer updates per batch of rollouts "
-        "(`steps_per_generation`, `num_iterations`) or a lower learning rate. If it is as large at `alp/staleness` 0, "
-        "it is the engine's: run `trl-alp-doctor`."
-    )
+_ENGINE_ADVICE = (
+    "These rollouts are fresh: the weights that score are those that sampled. So the gap is the inference engine's "
+    "(weights that were not synced, log-probs of another distribution, other tokens, low precision) or dropout's, "
+    "LoRA's included. `trl-alp-doctor` tells which; mend it before tuning anything else."
+)
+_NO_ENGINE_ADVICE = (
+    "These rollouts are fresh and no engine reported log-probs: one policy scored the same tokens twice and disagrees "
+    "with itself. Usually this is dropout: set `disable_dropout=True`, and `lora_dropout=0`."
+)
+_NOISE_ADVICE = "The noise is part of it; `alp_monitor_every=10` logs the ratio without noise beside it. "
+_UPDATE_ADVICE = (
+    "The policy of the update is far from the one that sampled: take fewer updates per batch of rollouts "
+    "(`steps_per_generation`, `num_iterations`) or a lower learning rate. If it is as far at `alp/staleness` 0, look "
+    "at the inference engine: run `trl-alp-doctor`."
+)
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of the log; infinite where it cannot be read, as the last one of a run that was killed."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, LookupError, TypeError):
+        return math.inf
+
+
+def _plain(value: Any) -> float | str:
+    """For JSON: the log may hold tensors and numpy's numbers."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value)
 
 
 def _add_histogram(writer: Any, name: str, histogram: torch.Tensor, step: int) -> None:

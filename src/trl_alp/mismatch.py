@@ -4,7 +4,7 @@
 `MismatchMeter` pools log-prob gaps as sums, extremes and histograms, all of fixed size. So nothing is kept of the
 micro-batches, nothing waits for the device until the pooled values are asked for, and however many micro-batches and
 processes there are, one sum and one maximum over processes bring them together. Sums, extremes and shares are exact;
-percentiles are read off histograms with logarithmic buckets and are off by at most 1 % of their own value.
+percentiles are read off histograms with logarithmic buckets, in which each value is off by at most 1 % of itself.
 """
 
 import math
@@ -85,8 +85,8 @@ class MismatchMeter:
             mask (`torch.Tensor` of shape `(B, T)`):
                 Loss mask.
             means (`dict[str, tuple[torch.Tensor, torch.Tensor]]`, *optional*):
-                Further quantities by name, each as values and weights of shape `(B, T)`, whose weighted mean is
-                reported under that name. The same names at every update.
+                Further quantities by name, each as values and weights of shape `(B, T)`, whose weighted mean over the
+                finite values is reported under that name. The same names at every update.
         """
         mask = mask.bool()
         p, q = logps.detach().float(), behaviour_logps.detach().float()
@@ -97,7 +97,7 @@ class MismatchMeter:
         loss = raw_log_ratio(g, mask, self.level)
         units = scored
         if self.level in ("sequence", "sequence_geometric"):
-            units = mask & (mask.cumsum(-1) == 1)  # one for each sequence
+            units = scored & (scored.cumsum(-1) == 1)  # one for each sequence
 
         clamped = g.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         per_sequence = scored.to(p) / lengths.clamp(min=1).unsqueeze(-1)
@@ -118,7 +118,8 @@ class MismatchMeter:
         ]
         means = means or {}
         for values, weights in means.values():
-            sums += [_where(weights.bool(), values), weights]
+            weights = _where(torch.isfinite(values), weights)
+            sums += [_where(weights > 0, values) * weights, weights]
         wide = torch.float32 if g.device.type == "mps" else torch.float64  # mps has no float64
         sums = torch.stack([value.sum(dtype=wide) for value in sums])
         views = ((g, scored), (sequence, lengths > 0), (loss, units))
@@ -142,7 +143,7 @@ class MismatchMeter:
         maximum: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     ) -> "Mismatch":
         """
-        What was pooled since the last reset; waits for the device once.
+        What was pooled since the last reset; waits for the device.
 
         Args:
             total (`Callable`, *optional*):
@@ -158,6 +159,7 @@ class MismatchMeter:
         sums, counts = pooled[: len(self._sums)].tolist(), pooled[len(self._sums) :].view(-1, _WIDTH)
         pairs = sums[len(_SUMS) :]
         means = {name: _divide(*pairs[2 * i : 2 * i + 2]) for i, name in enumerate(self._names)}
+        weights = dict(zip(self._names, pairs[1::2], strict=True))
         s = dict(zip(_SUMS, sums[: len(_SUMS)], strict=True))
         histograms = (counts[:_TOKEN_BINS].sum(0), *counts[_TOKEN_BINS:])
         shapes = {
@@ -185,6 +187,7 @@ class MismatchMeter:
         metrics["perplexity/behaviour"] = math.exp(min(behaviour, MAX_LOG_RATIO))
         metrics["perplexity/log_gap"] = policy - behaviour
         metrics["unscored_tokens"] = s["unscored_tokens"]
+        metrics["unscored_share"] = _divide(s["unscored_tokens"], s["unscored_tokens"] + s["tokens"])
         envelope = [
             {
                 "probability_low": low,
@@ -195,7 +198,7 @@ class MismatchMeter:
             for low, high, histogram in zip(PROBABILITY_EDGES[:-1], PROBABILITY_EDGES[1:], counts, strict=False)
             if histogram.sum() > 0
         ]
-        return Mismatch(metrics | means, envelope, histograms[0])
+        return Mismatch(metrics | means, weights, envelope, histograms[0])
 
 
 @dataclass
@@ -206,15 +209,18 @@ class Mismatch:
     Attributes:
         metrics (`dict[str, float]`):
             By name, as `docs/metrics.md` defines them; NaN where there was nothing to measure.
+        weights (`dict[str, float]`):
+            By the name of each of the further means, what its weights sum up to.
         envelope (`list[dict[str, float]]`):
             For each bin of behaviour-policy token probability that has tokens (`probability_low` exclusive,
             `probability_high` inclusive): their number and the percentiles 2, 25, 50, 75, 98 and extremes of their
-            log ratio, in nats (the paper's Figure 2).
+            log ratio, in nats (the paper's Figure 2), all to 1 %.
         histogram (`torch.Tensor` of shape `(N,)`):
             Tokens in each bucket of log ratio; [`bucket_edges`] are its edges.
     """
 
     metrics: dict[str, float]
+    weights: dict[str, float]
     envelope: list[dict[str, float]]
     histogram: torch.Tensor = field(repr=False)
 

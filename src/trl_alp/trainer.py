@@ -200,7 +200,7 @@ class ALPGRPOTrainer(GRPOTrainer):
         inputs["sampling_per_token_logps"] = behaviour_logps
         if not self.model.training:
             return
-        if self.args.alp_enabled:
+        if self.args.alp_enabled and self.args.logging_strategy != "no":
             self._noise.append(torch.stack([self.perturbation.sigma, self.perturbation.effective_noise()]))
         self._record("update", logps, reported)
         if noise_off is not None:
@@ -467,7 +467,8 @@ class ALPGRPOTrainer(GRPOTrainer):
             means |= {"clip/low": (low, mask), "clip/high": (high, mask), "clip/dual": (dual, mask)}
             # Before any update since the generation it is mismatch and noise that are clipped.
             means["clip/fresh"] = (low | high, mask * (staleness == 0))
-        self.instruments.record(policy, logps, behaviour_logps, mask, staleness, means)
+        engine = "sampling_per_token_logps" in self._update.given
+        self.instruments.record(policy, logps, behaviour_logps, mask, staleness, means, engine)
 
     def _perturbation_metrics(self, mismatch: dict[str, float]) -> dict[str, float]:
         """Metrics of the perturbation since the last log; warns once of noise that does not act as it should."""
@@ -515,7 +516,7 @@ class _Update:
     """One call of the loss: a copy of the micro-batch, which TRL reuses across `num_iterations`, and its loss mask."""
 
     def __init__(self, inputs: dict[str, Any]):
-        self.inputs = dict(inputs)
+        self.given, self.inputs = inputs, dict(inputs)
         tool_mask = inputs.get("tool_mask")
         completion_mask = inputs["completion_mask"]
         self.mask = completion_mask if tool_mask is None else completion_mask * tool_mask  # (B, T)
@@ -530,6 +531,7 @@ class _OptimizerStep(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # An interrupted run may have left gradient behind; the Trainer clears the policy's here.
         self.trainer.perturbation.zero_grad()
+        self.trainer._noise.clear()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         # Before the policy's step, since the gradient scaler changes its scale after it.
@@ -621,6 +623,7 @@ class _StockInstrumentation(_Instrumentation):
 
     def __init__(self, trainer: GRPOTrainer):
         super().__init__(trainer)
+        self.in_loss = self.warned = False
         self.logps: torch.Tensor | None = None  # of the update whose loss is being computed
         self.updates = self.generated_at = 0
         for name, watch in (
@@ -641,22 +644,36 @@ class _StockInstrumentation(_Instrumentation):
 
     def watch_scoring(self, score, *args, **kwargs):
         output = score(*args, **kwargs)
-        self.logps = output[0]
+        if self.in_loss and self.logps is None:  # the loss of a subclass may score more than once
+            self.logps = output[0].detach()
         return output
 
     def watch_loss(self, compute_loss, model, inputs):
-        loss = compute_loss(model, inputs)
-        logps, self.logps = self.logps.detach(), None
-        if self.trainer.model.training:
-            update = _Update(inputs)
-            old, engine = inputs.get("old_per_token_logps"), inputs.get("sampling_per_token_logps")
-            # On-policy TRL scores no old policy: it is the current one.
-            behaviour = next(each for each in (engine, old, logps) if each is not None)
-            staleness = self.updates - self.generated_at
-            self.trainer.instruments.record("update", logps, behaviour, update.mask, staleness)
-            if old is not None and engine is not None:
-                self.trainer.instruments.record("old", old, engine, update.mask, staleness=0)
+        self.in_loss = self.trainer.model.training
+        try:
+            loss = compute_loss(model, inputs)
+            if self.in_loss:
+                self.record(_Update(inputs))
+        finally:
+            self.in_loss, self.logps = False, None
         return loss
+
+    def record(self, update: "_Update") -> None:
+        if self.logps is None:
+            if not self.warned:
+                self.warned = True
+                logger.warning(
+                    f"{type(self.trainer).__name__}'s loss does not score the policy as GRPOTrainer's does; the "
+                    "instruments have nothing to measure."
+                )
+            return
+        old, engine = update.inputs.get("old_per_token_logps"), update.inputs.get("sampling_per_token_logps")
+        # On-policy TRL scores no old policy: it is the current one.
+        behaviour = next(each for each in (engine, old, self.logps) if each is not None)
+        staleness, record = self.updates - self.generated_at, self.trainer.instruments.record
+        record("update", self.logps, behaviour, update.mask, staleness, engine=engine is not None)
+        if old is not None and engine is not None:
+            record("old", old, engine, update.mask, staleness=0)
 
 
 def _save(state: dict[str, Any], path: str) -> None:
