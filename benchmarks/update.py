@@ -5,7 +5,7 @@ What an update costs with ALP, beside stock GRPO, TRL's default correction, Bypa
     python benchmarks/update.py --json update.json                      # gpt2-sized on a CPU, about 15 minutes
     python benchmarks/update.py --suite gpu --json update.json          # Qwen2.5-sized on a GPU, under 8 minutes
     python benchmarks/update.py --models tiny --lengths 32 --rounds 2   # seconds
-    accelerate launch --num_processes 2 benchmarks/update.py --models tiny --lengths 64 128 256
+    torchrun --nproc_per_node 2 benchmarks/update.py --models tiny --lengths 64 128 256
 
 Completions and behaviour log-probs are synthetic, weights are random, one optimiser step follows each batch of
 rollouts. All arms run side by side in one process, alternating; times are medians over steps, with quartiles. *Update*
@@ -370,7 +370,7 @@ def main() -> None:
             print(f"time is up; left out: {point}", file=sys.stderr)
             continue
         rows += measure(point, arms, args.rounds, args.steps)
-        if args.json:
+        if args.json and int(os.environ.get("RANK", 0)) == 0:
             environment = {
                 "date": time.strftime("%Y-%m-%d"),
                 "command": "python " + " ".join(["benchmarks/update.py", *sys.argv[1:]]),

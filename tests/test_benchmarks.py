@@ -1,0 +1,65 @@
+"""The benchmarks, run at tiny size: that they measure what they say, not how fast anything is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, cwd):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / command[0]), *command[1:]],
+        capture_output=True, text=True, cwd=cwd, timeout=300, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_update_benchmark_counts_the_forwards_and_the_memory_of_each_arm(tmp_path):
+    printed = run(
+        "update.py", "--models", "tiny", "--lengths", "48", "--rounds", "1", "--steps", "2", "--checkpointing", "off",
+        "--json", "out.json", cwd=tmp_path,
+    )  # fmt: skip
+    rows = {row["arm"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert {arm: row["forwards"] for arm, row in rows.items()} == {
+        "stock": 1, "stock, TRL correction": 2, "bypass": 1, "ALP stored": 1, "ALP recomputed": 1, "ALP torch": 1,
+    }  # fmt: skip
+    assert rows["ALP torch"]["kept_mb / bypass"] < 1.01 < rows["ALP stored"]["kept_mb / bypass"]
+    for arm, row in rows.items():
+        assert f"| {arm} |" in printed and 0 < row["update"] < row["step"]
+    # Two timed steps of each arm, the first one left out.
+    low, high = rows["bypass"]["update_quartiles"]
+    assert low <= rows["bypass"]["update"] <= high
+
+
+@pytest.mark.slow
+def test_update_benchmark_sweeps_and_runs_on_two_processes(tmp_path):
+    arguments = ["--models", "tiny", "--lengths", "16", "32", "--layers", "1", "3", "--arms", "bypass", "ALP torch"]
+    arguments += ["--rounds", "1", "--steps", "1", "--checkpointing", "on", "--json", "out.json"]
+    run("update.py", *arguments, cwd=tmp_path)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["layers"], row["length"]) for row in rows[::2]] == [(1, 16), (1, 32), (3, 16), (3, 32)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "benchmarks" / "update.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "out.json").read_text())["environment"]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_instruments_benchmark_prints_shares_of_the_step(tmp_path):
+    printed = run(
+        "instruments.py", "--layers", "1", "--hidden", "64", "--vocabulary", "100", "--length", "8", "--steps", "3",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["forward", "recording", "flushing,"]
+    assert printed.count("%") == 2
