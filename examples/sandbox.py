@@ -204,7 +204,9 @@ def _command(isolation: str) -> list[str]:
 def _checked_isolation(isolation: str | None) -> str:
     """The isolation to use, after it has withstood [`_SELF_TEST`] once."""
     if isolation not in (None, "bubblewrap", "landlock"):
-        raise ValueError(f"isolation={isolation!r} is unknown. Use 'bubblewrap', 'landlock', or None for the strongest.")
+        raise ValueError(
+            f"isolation={isolation!r} is unknown. Use 'bubblewrap', 'landlock', or None for the strongest."
+        )
     reasons = []
     for candidate in (isolation,) if isolation else ("bubblewrap", "landlock"):
         reason = _why_not(candidate)
@@ -259,8 +261,8 @@ def _why_not(isolation: str) -> str | None:
 
 # ---- In the sandboxed process, which runs this file ----
 
-# What computing needs, by the names of libseccomp; those that an architecture has not are passed over. Not in it, since
-# Landlock does not cover them: truncate, chmod, chown, utime, setxattr, and whatever reaches other processes.
+# What computing needs, by the names of libseccomp; those that an architecture has not are passed over. Not in it,
+# since Landlock does not cover them: truncate, chmod, chown, utime, setxattr, and what reaches other processes.
 _SYSTEM_CALLS = """
 read readv pread64 preadv write writev pwrite64 pwritev lseek close close_range dup dup2 dup3 pipe pipe2 poll ppoll
 select pselect6 open openat creat fstat stat lstat newfstatat fstatat64 statx access faccessat faccessat2 readlink
@@ -271,7 +273,7 @@ rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend sigaltstack
 clock_gettime clock_getres gettimeofday time times nanosleep clock_nanosleep getrusage restart_syscall
 getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getpgrp getgroups uname sysinfo
 getcpu sched_yield sched_getaffinity getrlimit getrandom futex set_robust_list rseq exit exit_group
-""".split()
+"""
 _CONFINED = b"confined"  # appended to the request once both walls stand
 # (system call, number of the argument, values it may have)
 _RESTRICTED_CALLS = (
@@ -343,7 +345,7 @@ def _confine_system_calls() -> None:
             if result < 0:
                 raise OSError(-result, f"seccomp_rule_add({name})")
 
-    for name in _SYSTEM_CALLS:
+    for name in _SYSTEM_CALLS.split():
         add(name)
     for name, argument, values in _RESTRICTED_CALLS:
         for value in values:

@@ -4,7 +4,6 @@ Attacks are written so that even with the walls down they do little: signals go 
 have an end.
 """
 
-import ctypes
 import importlib.util
 import os
 import platform
@@ -520,7 +519,9 @@ def test_an_unknown_isolation_is_refused():
 
 def test_a_killed_caller_leaves_no_process(isolation):
     processes = sandboxed_processes()
-    code = f"import sandbox; sandbox.run_python('import time; time.sleep(60)', wall_seconds=60, isolation={isolation!r})"
+    code = (
+        f"import sandbox; sandbox.run_python('import time; time.sleep(60)', wall_seconds=60, isolation={isolation!r})"
+    )
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=SCRIPT.parent)
     deadline = time.monotonic() + 15
     while not (started := sandboxed_processes() - processes) and time.monotonic() < deadline:
