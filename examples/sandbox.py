@@ -25,8 +25,8 @@ programs; files and processes left behind. It does not protect from:
 
 - bugs of the kernel or the processor, and side channels (timing, load). For code of people who mean harm use a virtual
   machine of its own;
-- a slowdown: each call may use a core for `cpu_seconds`. With bubblewrap it may also hold kernel memory for the many
-  empty files it can create in that time, until it ends;
+- a slowdown: each call may use a core for `cpu_seconds` and hold `memory_mb`. With bubblewrap it may also hold, until
+  it ends, the kernel memory of the empty files that it can create in that time (0.7 GB were measured in 5 seconds);
 - reading what is installed (`site-packages` and system libraries are visible: keep no secrets there). With
   `"landlock"` it can also ask whether a path exists, its size and date, and where a symbolic link points;
 - output made to fool a reader, be it the model itself or a reward that looks for an answer in tool output.
@@ -40,10 +40,8 @@ import platform
 import resource
 import shutil
 import signal
-import site
 import subprocess
 import sys
-import sysconfig
 import tempfile
 
 
@@ -169,7 +167,8 @@ def _run(code: str, isolation: str, cpu_seconds: int, wall_seconds: float, memor
 
 
 def _packages() -> list[str]:
-    return _existing(*site.getsitepackages(), sysconfig.get_path("purelib"))
+    """Where packages are installed: of the virtual environment, the system and the user, not the repository."""
+    return _existing(*(path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")))
 
 
 def _readable() -> list[str]:
@@ -286,8 +285,9 @@ _RESTRICTED_CALLS = (
 def _confined_main() -> None:
     request = json.loads(sys.stdin.buffer.read())
     libc = ctypes.CDLL(None, use_errno=True)
-    pr_set_pdeathsig, pr_set_no_new_privs = 1, 38
+    pr_set_pdeathsig, pr_set_dumpable, pr_set_no_new_privs = 1, 4, 38
     _check(libc.prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0), "prctl")  # do not outlive the caller
+    _check(libc.prctl(pr_set_dumpable, 0, 0, 0, 0), "prctl")  # no core files, whatever the system does with them
     _check(libc.prctl(pr_set_no_new_privs, 1, 0, 0, 0), "prctl")
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))

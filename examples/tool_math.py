@@ -12,8 +12,8 @@ The same on one GPU with LoRA and plain generation, on GSM8K:
     accelerate launch examples/tool_math.py \
         --config examples/configs/tool_math.yaml --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \
         --dataset_name openai/gsm8k --dataset_config main --use_peft --lora_target_modules all-linear \
-        --lora_dropout 0 --learning_rate 1e-5 --use_vllm false --gradient_accumulation_steps 16 --steps_per_generation 64 \
-        --num_generations 8 --max_completion_length 2048
+        --lora_dropout 0 --learning_rate 1e-5 --use_vllm false --gradient_accumulation_steps 16 \
+        --steps_per_generation 64 --num_generations 8 --max_completion_length 2048
 
 `--alp_ratio_level` is `sequence` in the file, as in the paper; `cumulative_turn` gives every turn the ratio of the
 trajectory up to its end. In both, tokens that the tool wrote are outside the ratio and the loss.
@@ -89,7 +89,7 @@ def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args:
     # TRL prints a whole conversation for every batch with a reward of None, which void turns make commonplace;
     # `tools/void_turns` and `alp/unscored_rewards` count them.
     logging.getLogger("trl.trainer.grpo_trainer").addFilter(
-        lambda record: not record.getMessage().startswith("All reward functions returned None")
+        lambda record: "All reward functions returned None" not in record.getMessage()
     )
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,

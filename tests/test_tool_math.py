@@ -85,7 +85,7 @@ def scripted(first, later):
 
 
 @pytest.mark.parametrize("level", ["sequence", "cumulative_turn"])
-def test_every_kind_of_trajectory_trains_or_is_left_out(script, monkeypatch, tmp_path, chat_model, level):
+def test_every_kind_of_trajectory_trains_or_is_left_out(script, monkeypatch, tmp_path, chat_model, level, caplog):
     # Of each group of four: computes, then answers; is stopped by the sandbox, then answers; a void turn; and
     # answers wrongly at once.
     first = [call("6 * 7"), call("import os\nos.fork()"), "I do not know.<|im_end|>", "\\boxed{-1}<|im_end|>"]
@@ -131,6 +131,7 @@ def test_every_kind_of_trajectory_trains_or_is_left_out(script, monkeypatch, tmp
     assert row["alp/unscored_rewards"] == 2 and row["tools/call_frequency"] == 0.75
     assert row["alp/log_ratio/max"] > row["alp/log_ratio/min"]
     assert (out / "model.safetensors").is_file()
+    assert "All reward functions returned None" not in caplog.text
 
 
 @pytest.mark.slow
