@@ -61,7 +61,8 @@ def isolation(request):
 
 
 def sandboxed_processes() -> set[int]:
-    """Processes of this machine that run the sandbox's file, or are still to be waited for by this process."""
+    """Processes that run the sandbox's file, or are still to be waited for by this process. With bubblewrap that is
+    its init, which lives as long as anything in its namespace."""
     found = set()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -310,14 +311,13 @@ def test_the_disk_is_not_filled(attack):
         "def f(n): return f(n + 1)\nf(0)",
         "sys.setrecursionlimit(10 ** 9)\nx = []\nfor i in range(10 ** 7): x = [x]\nrepr(x)",
         "eval('(' * 10 ** 5 + ')' * 10 ** 5)",
-        "class A:\n    def __getattr__(self, name): return getattr(self, name)\nsys.setrecursionlimit(10 ** 9)\nA().x",
-        "int('9' * 10 ** 5)",
         "ctypes.string_at(0)",
         "os.abort()",
     ],
 )
-def test_crashes_are_told(attack, code):
-    assert "Error" in attack(code, cpu_seconds=1, memory_mb=256)
+def test_crashes_are_told(isolation, code):
+    code = "import ctypes, os, sys\n" + code
+    assert "Error" in sandbox.run_python(code, isolation=isolation, cpu_seconds=1, memory_mb=256)
 
 
 # ---- Secrets ----
