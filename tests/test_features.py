@@ -11,7 +11,6 @@ from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     LlavaConfig,
@@ -19,12 +18,8 @@ from transformers import (
     LlavaProcessor,
     MixtralConfig,
     MixtralForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
 )
-from trl.chat_template_utils import qwen3_chat_template
 
 from trl_alp import ALPGRPOTrainer
 
@@ -149,24 +144,7 @@ def test_feature_trains_policy_and_sigma_with_alp_on(tmp_path, feature):
 
 @pytest.fixture(scope="module")
 def chat_model():
-    """A tiny model with Qwen3's chat template, whose tool calls TRL knows how to parse."""
-    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate([*special, *alphabet])}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>", extra_special_tokens=special[1:2]
-    )
-    tokenizer.add_tokens(special[3:])
-    tokenizer.chat_template = qwen3_chat_template
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=4096, pad_token_id=0, bos_token_id=2, eos_token_id=2,
-        initializer_range=0.2,
-    )  # fmt: skip
-    return Qwen2ForCausalLM(config), tokenizer
+    return tiny.chat_model()
 
 
 QUESTIONS = Dataset.from_list([{"prompt": [{"role": "user", "content": f"What is {i} times 4?"}]} for i in range(8)])

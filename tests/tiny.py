@@ -15,6 +15,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from trl import GRPOConfig
+from trl.chat_template_utils import qwen3_chat_template
 
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
 
@@ -59,6 +60,27 @@ def model(family: str = "qwen2", layers: int = 2, seed: int = 0, init_std: float
         **ids,
     )
     return model_class(config).to(dtype)
+
+
+def chat_model(**overrides):
+    """A tiny model and its tokenizer of bytes, with Qwen3's chat template, whose tool calls TRL knows how to parse."""
+    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate([*special, *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>", extra_special_tokens=special[1:2]
+    )
+    tokenizer.add_tokens(special[3:])
+    tokenizer.chat_template = qwen3_chat_template
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), num_key_value_heads=1, max_position_embeddings=4096, pad_token_id=0,
+        bos_token_id=2, eos_token_id=2, **{"initializer_range": 0.2} | size | overrides,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config), tokenizer
 
 
 def prompts(rows: int = 16) -> Dataset:
