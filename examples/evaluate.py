@@ -10,9 +10,9 @@ A model is a name of the hub, or a folder with a model or a LoRA adapter. A data
 `train_alp.py` reads. Prompts and the check of the final answer are those of `train_alp.py`.
 
 Avg@n is the mean accuracy of n samples per problem; pass@k the probability that one of k samples is right, by the
-unbiased estimator of Chen et al. (2021, arXiv 2107.03374). Intervals are 95 % percentile bootstraps over problems:
-they say how much the choice of problems matters, and nothing (width 0) where all problems score alike. Models beyond the
-first are also compared with it, problem by problem. With transformers a seed fixes every number on one machine.
+unbiased estimator of Chen et al. (2021, arXiv 2107.03374). Intervals are 95 % percentile bootstraps over problems: how
+much the choice of problems matters. Where all problems score alike their width is 0, which says nothing. Models beyond
+the first are also compared with it, problem by problem. With transformers a seed fixes every number on one machine.
 """
 
 import argparse

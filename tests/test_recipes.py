@@ -29,6 +29,7 @@ LAUNCHERS = sorted((EXAMPLES / "accelerate_configs").glob("*.yaml"))
 SET = EXAMPLES / "configs" / "single_turn"
 RECIPES = [path for path in sorted((EXAMPLES / "configs").rglob("*.yaml")) if "train_alp.py" in path.read_text()]
 ARMS = {path.stem: path for path in SET.glob("*.yaml")}
+BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None  # in `make test-backends`; it has a CPU path
 # What makes a recipe run anywhere; the number of updates per batch of rollouts stays the recipe's own.
 TINY = {
     "dataset_name": GSM8K,
@@ -41,7 +42,6 @@ TINY = {
     "use_cpu": "true",
     "bf16": "false",
     "fp16": "false",
-    "load_in_4bit": importlib.util.find_spec("bitsandbytes") is not None,  # runs on a CPU too, where it is installed
     "disable_tqdm": "true",
 }
 
@@ -119,6 +119,7 @@ def train(recipe, monkeypatch, language_model, output_dir, **overrides):
         "model_name_or_path": language_model,
         "output_dir": output_dir,
         "steps_per_generation": updates_per_rollout(settings),
+        "load_in_4bit": settings.get("load_in_4bit", False) and BITSANDBYTES,
     } | overrides  # fmt: skip
     script.main(*parse(recipe, **overrides))
     return trainers[0]
@@ -144,6 +145,8 @@ def test_recipe_trains_at_tiny_size_with_its_own_method(recipe, monkeypatch, tmp
     # The third update is on rollouts two updates old, unless they are used up by then.
     updates = updates_per_rollout(settings) * settings.get("num_iterations", 1)
     assert trainer.state.log_history[2]["alp/staleness"] == 2 % updates
+    if settings.get("load_in_4bit") and BITSANDBYTES:
+        assert trainer.model.is_loaded_in_4bit
     weights = tmp_path / ("adapter_model" if settings.get("use_peft") else "model")
     assert weights.with_suffix(".safetensors").is_file()
     # No dropout, no truncated sampling, no noise lost in rounding.
