@@ -18,7 +18,7 @@ the first are also compared with it, problem by problem. With transformers a see
 import argparse
 import json
 import math
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +62,7 @@ def score(correct: list[int], samples: int, ks: list[int]) -> dict[str, list[flo
     return scores | {f"pass@{k}": [pass_at_k(c, samples, k) for c in correct] for k in ks}
 
 
-# ---- Generation: token ids of P prompts to P lists of completions, each a text and whether it ended by itself ----
+# ---- Generation: token ids of P prompts to P lists of samples, each the text and whether it ended by itself ----
 
 
 def base_of(model: str) -> str:
@@ -71,21 +71,24 @@ def base_of(model: str) -> str:
     return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else model
 
 
-def generate_with_transformers(model: str, tokenizer, prompts: list[list[int]], options) -> list[list[tuple]]:
-    dtype = torch.bfloat16 if options.dtype == "auto" and torch.cuda.is_available() else options.dtype
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
-    policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    # As in training: sampling settings that come with the model are not used.
+def transformers_generator(model: str, tokenizer, options, max_length: int) -> Callable:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if options.dtype == "auto" and device == "cuda" else options.dtype
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
+    # As in training, sampling settings that come with the model are not used.
     sampling = {"do_sample": options.temperature > 0, "top_k": None, "top_p": None, "temperature": None}
     if options.temperature > 0:
         sampling |= {"top_k": 0, "top_p": options.top_p, "temperature": options.temperature}
     ends = policy.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    completions = []
-    for start in tqdm(range(0, len(prompts), options.batch_size), desc=model, unit="batch"):
-        batch = {"input_ids": prompts[start : start + options.batch_size]}
-        batch = tokenizer.pad(batch, return_tensors="pt", padding_side="left").to(policy.device)
-        with torch.no_grad():
+
+    @torch.no_grad()
+    def generate(prompts: list[list[int]]) -> list[list[tuple[str, bool]]]:
+        set_seed(options.seed)
+        completions = []
+        for start in tqdm(range(0, len(prompts), options.batch_size), desc=model, unit="batch"):
+            batch = {"input_ids": prompts[start : start + options.batch_size]}
+            batch = tokenizer.pad(batch, return_tensors="pt", padding_side="left").to(device)
             output = policy.generate(
                 **batch,
                 **sampling,
@@ -95,69 +98,75 @@ def generate_with_transformers(model: str, tokenizer, prompts: list[list[int]], 
                 eos_token_id=sorted(ends),
                 pad_token_id=tokenizer.pad_token_id,
             )
-        output = output[:, batch["input_ids"].shape[1] :].tolist()
-        rows = [(tokenizer.decode(ids, skip_special_tokens=True), not ends.isdisjoint(ids)) for ids in output]
-        completions += [rows[i : i + options.samples] for i in range(0, len(rows), options.samples)]
-    return completions
+            output = output[:, batch["input_ids"].shape[1] :].tolist()
+            rows = [(tokenizer.decode(ids, skip_special_tokens=True), not ends.isdisjoint(ids)) for ids in output]
+            completions += [rows[i : i + options.samples] for i in range(0, len(rows), options.samples)]
+        return completions
+
+    return generate
 
 
-def generate_with_vllm(model: str, tokenizer, prompts: list[list[int]], options) -> list[list[tuple]]:
+def vllm_generator(model: str, tokenizer, options, max_length: int) -> Callable:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    adapted = base_of(model) != model
-    lora = LoRARequest("adapter", 1, os.path.abspath(model)) if adapted else None
-    rank = json.loads((Path(model) / "adapter_config.json").read_text())["r"] if adapted else 16
-    longest = max(map(len, prompts)) + options.max_new_tokens
-    ranks = {"enable_lora": True, "max_lora_rank": max(8, 2 ** math.ceil(math.log2(rank)))} if adapted else {}
-    engine = LLM(base_of(model), dtype=options.dtype, seed=options.seed, max_model_len=longest, **ranks)
-    sampling = SamplingParams(
-        n=options.samples,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_tokens=options.max_new_tokens,
-        seed=options.seed,
-    )
-    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, lora_request=lora)
-    return [[(sample.text, sample.finish_reason == "stop") for sample in output.outputs] for output in outputs]
+    base, adapter, lora = base_of(model), None, {}
+    if base != model:
+        adapter = LoRARequest("adapter", 1, str(Path(model).resolve()))
+        rank = json.loads((Path(model) / "adapter_config.json").read_text())["r"]
+        lora = {"enable_lora": True, "max_lora_rank": max(8, 2 ** math.ceil(math.log2(rank)))}
+    engine = LLM(base, dtype=options.dtype, seed=options.seed, max_model_len=max_length, **lora)
+
+    def generate(prompts: list[list[int]]) -> list[list[tuple[str, bool]]]:
+        settings = {"n": options.samples, "temperature": options.temperature, "top_p": options.top_p}
+        settings |= {"max_tokens": options.max_new_tokens}
+        # A seed for each sample: with one for all, problems would share their random numbers.
+        sampling = [SamplingParams(**settings, seed=options.seed + i * options.samples) for i in range(len(prompts))]
+        prompts = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = engine.generate(prompts, sampling, lora_request=adapter)
+        return [[(sample.text, sample.finish_reason == "stop") for sample in output.outputs] for output in outputs]
+
+    return generate
 
 
 # ---- Evaluation ----
 
 
-def evaluate(model: str, dataset: str, options) -> dict:
-    """Counts and scores of one model on one dataset."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+def read(dataset: str, tokenizer, options) -> dict:
+    """Prompts and solutions of a dataset, without the problems whose solution math-verify cannot read."""
     chat = tokenizer.chat_template is not None
     name, config, split = HUB.get(dataset, (dataset, None, options.split))
     problems = load_problems(name, config, split, options.limit, chat)
-    # math-verify cannot read every reference; such a problem would count as wrong whatever the answer.
-    known = [reward is not None for reward in math_reward([""] * len(problems), problems["solution"])]
-    problems = problems.select(np.flatnonzero(known))
-    prompts = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) if chat else prompt
-        for prompt in problems["prompt"]
-    ]
+    readable = [reward is not None for reward in math_reward([""] * len(problems), problems["solution"])]
+    problems = problems.select(np.flatnonzero(readable))
+    prompts = list(problems["prompt"])
+    if chat:
+        prompts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
     prompts = tokenizer(prompts, add_special_tokens=not chat)["input_ids"]
-    set_seed(options.seed)
-    generate = {"transformers": generate_with_transformers, "vllm": generate_with_vllm}[options.backend]
-    completions = generate(model, tokenizer, prompts, options)
-    correct = []
-    for samples, solution in zip(tqdm(completions, desc="math-verify"), problems["solution"], strict=True):
-        correct.append(int(sum(math_reward([text for text, _ in samples], [solution] * len(samples)))))
-    scores = score(correct, options.samples, options.k)
-    ended = [ended for samples in completions for _, ended in samples]
-    return {
-        "model": model,
-        "dataset": dataset,
-        "problems": len(problems),
-        "unreadable_solutions": known.count(False),
-        "truncated": 1 - sum(ended) / len(ended),
-        "metrics": {metric: mean_with_interval(values) for metric, values in scores.items()},
-        "correct": correct,
-        "completions": [[text for text, _ in samples] for samples in completions],
-    }
+    return {"prompts": prompts, "solutions": problems["solution"], "unreadable": readable.count(False)}
+
+
+def evaluate(model: str, options) -> list[dict]:
+    """Counts and scores of one model, for each dataset."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    datasets = {name: read(name, tokenizer, options) for name in options.datasets}
+    longest = max(len(prompt) for dataset in datasets.values() for prompt in dataset["prompts"])
+    generator = {"transformers": transformers_generator, "vllm": vllm_generator}[options.backend]
+    generate = generator(model, tokenizer, options, longest + options.max_new_tokens)
+    results = []
+    for name, dataset in datasets.items():
+        completions = generate(dataset["prompts"])
+        correct = []
+        for samples, solution in zip(tqdm(completions, desc="math-verify"), dataset["solutions"], strict=True):
+            correct.append(int(sum(math_reward([text for text, _ in samples], [solution] * len(samples)))))
+        ended = [ended for samples in completions for _, ended in samples]
+        result = {"model": model, "dataset": name, "problems": len(correct), "unreadable": dataset["unreadable"]}
+        scores = score(correct, options.samples, options.k).items()
+        result |= {"metrics": {metric: mean_with_interval(values) for metric, values in scores}}
+        result |= {"truncated": 1 - sum(ended) / len(ended), "correct": correct}
+        results.append(result | {"completions": [[text for text, _ in samples] for samples in completions]})
+    return results
 
 
 def compare(first: dict, other: dict, options) -> dict:
@@ -204,15 +213,14 @@ def main(arguments: list[str] | None = None) -> dict:
     if not all(1 <= k <= options.samples for k in options.k):
         parser.error(f"--k {options.k} must be between 1 and --samples {options.samples}.")
 
-    results, differences = [], []
-    for dataset in options.datasets:
-        first, *others = [evaluate(model, dataset, options) for model in options.models]
-        results += [first, *others]
-        differences += [compare(first, other, options) for other in others]
+    by_model = [evaluate(model, options) for model in options.models]
+    results = [result for dataset in zip(*by_model, strict=True) for result in dataset]
+    first, *others = by_model
+    differences = [compare(*pair, options) for other in others for pair in zip(first, other, strict=True)]
     print(f"Percent, with 95 % bootstrap intervals over problems\n\n{table(results)}")
     if differences:
         print(f"\nDifference to the first model, paired by problem\n\n{table(differences, sign='+')}")
-    if unreadable := {row["dataset"]: row["unreadable_solutions"] for row in results if row["unreadable_solutions"]}:
+    if unreadable := {row["dataset"]: row["unreadable"] for row in results if row["unreadable"]}:
         print(f"\nLeft out, since math-verify cannot read their solution: {unreadable}")
     if not options.save_completions:
         results = [{key: value for key, value in row.items() if key != "completions"} for row in results]

@@ -29,6 +29,7 @@ def _hear_infos(caplog):
 @pytest.fixture(scope="session")
 def language_model(tmp_path_factory):
     """Path of a tiny model with a byte-level BPE tokenizer of GSM8K's text and a chat template."""
+    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -49,5 +50,6 @@ def language_model(tmp_path_factory):
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
+    torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(path)
     return path

@@ -101,6 +101,7 @@ CORRECT = "\\boxed{72}"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, language_model):
     """A checkpoint that has learnt to say one answer by heart, and no other."""
+    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("trained")
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     policy = AutoModelForCausalLM.from_pretrained(language_model)
@@ -122,7 +123,7 @@ def trained(tmp_path_factory, language_model):
 @pytest.fixture
 def problems(tmp_path):
     """Two problems with the answer that `trained` knows, one with another, one that math-verify cannot read."""
-    rows = [("a?", "so #### 72"), ("bb?", "#### 72"), ("ccc?", "#### 5"), ("d?", "")]
+    rows = [("a?", "so #### 72"), ("bb?", "#### 72"), ("ccc?", "#### 987654"), ("d?", "")]
     path = tmp_path / "problems.jsonl"
     path.write_text("\n".join(json.dumps({"question": q, "answer": a}) for q, a in rows))
     return path
@@ -138,7 +139,7 @@ def test_two_checkpoints_are_evaluated_and_compared(script, trained, language_mo
     report = json.loads(output.read_text())
     untrained, right = report["results"]
     assert right["correct"] == [4, 4, 0] and untrained["correct"] == [0, 0, 0]
-    assert (right["problems"], right["unreadable_solutions"]) == (3, 1)
+    assert (right["problems"], right["unreadable"]) == (3, 1)
     assert right["truncated"] == 0 and untrained["truncated"] > 0.5
     assert right["metrics"]["avg@4"]["mean"] == pytest.approx(2 / 3) == right["metrics"]["pass@4"]["mean"]
     (difference,) = report["differences"]
@@ -169,10 +170,16 @@ def test_with_a_seed_the_evaluation_is_deterministic_and_with_another_it_is_not(
     assert len({text for samples in first for text in samples}) > 4
 
 
-def test_a_model_keeps_its_score_wherever_it_stands_in_the_list(script, trained, language_model, problems):
-    arguments = ["--datasets", str(problems), *FAST[:-1], "1.5"]
-    alone = script.main([str(trained), *arguments])["results"][0]["correct"]
-    assert script.main([str(language_model), str(trained), *arguments])["results"][1]["correct"] == alone
+def test_a_score_depends_on_no_other_model_or_dataset_of_the_call(script, trained, language_model, problems, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"question": "?", "answer": "72"}')
+    settings = [*FAST[:-1], "1.5", "--save_completions"]
+    (alone,) = script.main([str(trained), "--datasets", str(problems), *settings])["results"]
+    report = script.main([str(language_model), str(trained), "--datasets", str(other), str(problems), *settings])
+    rows = [(row["dataset"], row["model"]) for row in report["results"]]
+    assert rows == [(str(d), str(m)) for d in (other, problems) for m in (language_model, trained)]
+    assert report["results"][3]["completions"] == alone["completions"]
+    assert [(row["dataset"], row["model"]) for row in report["differences"]] == [rows[1], rows[3]]
 
 
 def test_a_lora_adapter_is_evaluated_on_its_base_model(script, trained, problems, tmp_path):
@@ -191,9 +198,9 @@ def test_a_model_without_chat_template_is_asked_in_plain_text(script, language_m
     asked = []
     monkeypatch.setattr(
         script,
-        "generate_with_transformers",
-        lambda model, tokenizer, prompts, options: (
-            asked.extend(map(tokenizer.decode, prompts)) or [[(CORRECT, True)] * 4 for _ in prompts]
+        "transformers_generator",
+        lambda model, tokenizer, *settings: (
+            lambda prompts: asked.extend(map(tokenizer.decode, prompts)) or [[(CORRECT, True)] * 4 for _ in prompts]
         ),
     )
     for model in (tmp_path / "base", language_model):
