@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, get_dataset_config_names, load_dataset
 from math_verify import parse, verify
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -84,6 +84,9 @@ def load_problems(name: str, config: str | None, split: str, limit: int | None, 
     if suffix in ("json", "csv", "parquet"):
         dataset = load_dataset(suffix, data_files={split.split("[")[0]: name}, split=split)
     else:
+        # A folder of plain files has no configurations; one of the hub's that a recipe names is then not meant.
+        if Path(name).is_dir() and config not in get_dataset_config_names(name):
+            config = None
         dataset = load_dataset(name, config, split=split)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))

@@ -223,10 +223,11 @@ def test_settings_that_cannot_be_meant_are_errors_before_a_model_is_loaded(scrip
     assert said in capsys.readouterr().err
 
 
-def test_greedy_decoding_draws_nothing(script, trained, problems):
-    arguments = [str(trained), "--datasets", str(problems), "--temperature", "0", "--samples", "1", "--k", "1"]
-    (result,) = script.main([*arguments, "--max_new_tokens", "12"])["results"]
-    assert result["correct"] == [1, 1, 0]
+def test_greedy_decoding_draws_nothing(script, language_model, problems):
+    arguments = [str(language_model), "--datasets", str(problems), "--temperature", "0", "--samples", "1", "--k", "1"]
+    arguments += ["--max_new_tokens", "12", "--save_completions", "--seed"]
+    first, other = (script.main([*arguments, seed])["results"][0]["completions"] for seed in "01")
+    assert first == other
 
 
 def test_the_script_evaluates_gsm8k_from_a_file_and_shows_a_progress_bar(tmp_path, language_model):

@@ -172,6 +172,19 @@ def test_tis_truncates_and_mis_masks_the_engines_ratio_above_five(monkeypatch, t
     assert ratios["mis"]["sampling/importance_sampling_ratio/min"] == 0.0
 
 
+def test_a_recipe_for_a_dataset_of_the_hub_trains_on_a_local_folder_or_a_clone_of_it(tmp_path):
+    script, row = load("train_alp.py"), GSM8K.read_text().splitlines()[0]
+    for folder, card in (("files", None), ("clone", "configs: [{config_name: main, data_files: train.jsonl}]")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.jsonl").write_text(row)
+        if card:
+            (tmp_path / folder / "README.md").write_text(f"---\n{card}\n---\n")
+        problems = script.load_problems(str(tmp_path / folder), "main", "train", None, chat=True)
+        assert problems["solution"][:] == ["72"]
+        with pytest.raises(ValueError, match='Unknown split "test"'):
+            script.load_problems(str(tmp_path / folder), "main", "test", None, chat=True)
+
+
 # ---- The set of the paper's single-turn setting ----
 
 NOISE = {"alp_enabled"}
@@ -209,7 +222,7 @@ def fields(path):
     return {key: value for key, value in values.items() if key not in ("logging_dir", "run_name", "distributed_state")}
 
 
-@pytest.mark.parametrize(("one", "other"), DIFFERENCES, ids="-".join)
+@pytest.mark.parametrize(("one", "other"), DIFFERENCES, ids=["-".join(pair) for pair in DIFFERENCES])
 def test_two_arms_of_the_set_differ_in_exactly_the_method(one, other):
     one_fields, other_fields = fields(ARMS[one]), fields(ARMS[other])
     shared = one_fields.keys() & other_fields.keys()
