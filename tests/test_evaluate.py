@@ -1,0 +1,257 @@
+"""`examples/evaluate.py`: its estimators against brute force, and whole evaluations of tiny checkpoints."""
+
+import itertools
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_examples import GSM8K, ROOT, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(ROOT / "examples"))  # as Python does for a script
+    try:
+        import evaluate
+
+        yield evaluate
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+
+
+# ---- Estimators ----
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_draws_without_replacement_that_hold_a_right_one(script, samples):
+    for correct, k in itertools.product(range(samples + 1), range(1, samples + 1)):
+        outcomes = [i < correct for i in range(samples)]
+        brute_force = np.mean([any(draw) for draw in itertools.combinations(outcomes, k)])
+        assert script.pass_at_k(correct, samples, k) == pytest.approx(brute_force, abs=1e-12)
+
+
+def test_pass_at_k_is_unbiased_where_the_plug_in_estimate_is_not(script):
+    """The expectation over c ~ Binomial(n, p), exactly: 1 - (1 - p)^k."""
+    n, k, p = 6, 3, 0.3
+    weights = [len(list(itertools.combinations(range(n), c))) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
+    unbiased = sum(w * script.pass_at_k(c, n, k) for c, w in enumerate(weights))
+    plug_in = sum(w * (1 - (1 - c / n) ** k) for c, w in enumerate(weights))
+    assert unbiased == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
+    assert abs(plug_in - unbiased) > 0.01
+
+
+def test_pass_at_k_does_not_overflow_and_needs_k_samples(script):
+    assert script.pass_at_k(1, 4096, 2048) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="k=3 must be between 1 and samples=2"):
+        script.pass_at_k(1, 2, 3)
+
+
+def test_avg_at_n_is_pass_at_1(script):
+    scores = script.score([0, 1, 3, 4], samples=4, ks=[1, 4])
+    assert scores["avg@4"] == pytest.approx(scores["pass@1"]) == [0, 0.25, 0.75, 1]
+    assert scores["pass@4"] == [0, 1, 1, 1]
+
+
+def test_the_interval_covers_the_true_mean_as_often_as_it_says(script, monkeypatch):
+    monkeypatch.setattr(script, "RESAMPLES", 400)
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        interval = script.mean_with_interval(generator.beta(1, 2, size=100))  # mean 1/3, one score per problem
+        hits += interval["low"] <= 1 / 3 <= interval["high"]
+    assert 0.91 <= hits / 300 <= 0.98
+
+
+def test_the_interval_is_that_of_all_resamples(script):
+    scores = [0.0, 0.5, 1.0, 1.0]
+    means = [np.mean(resample) for resample in itertools.product(scores, repeat=4)]
+    interval = script.mean_with_interval(scores)
+    assert interval["mean"] == pytest.approx(0.625)
+    assert [interval["low"], interval["high"]] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1e-9)
+
+
+def test_a_paired_difference_is_tighter_than_two_intervals(script):
+    """Two models that agree on which problems are hard: the difference is seen, though the intervals overlap."""
+    generator = np.random.default_rng(1)
+    first = generator.choice([0, 8], size=60)
+    other = np.clip(first + generator.choice([0, 1], size=60), 0, 8)
+    rows = [{"model": name, "dataset": "d", "correct": list(c)} for name, c in (("a", first), ("b", other))]
+    options = type("Options", (), {"samples": 8, "k": [1]})
+    compared = script.compare(*rows, options)
+    assert (compared["model"], compared["minus"]) == ("b", "a")
+    difference = compared["metrics"]["avg@8"]
+    assert difference["mean"] == pytest.approx(np.mean(other - first) / 8)
+    assert 0 < difference["low"] < difference["mean"] < difference["high"]
+    one, two = (script.mean_with_interval(row / 8) for row in (first, other))
+    assert one["high"] > two["low"]
+    swapped = script.compare(*rows[::-1], options)["metrics"]["avg@8"]
+    assert swapped["mean"] == -difference["mean"] and swapped["high"] < 0
+
+
+# ---- Whole evaluations ----
+
+CORRECT = "\\boxed{72}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, language_model):
+    """A checkpoint that has learnt to say one answer by heart, and no other."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("trained")
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    policy = AutoModelForCausalLM.from_pretrained(language_model)
+    ids = torch.tensor([tokenizer("<|assistant|>" + CORRECT + "<eos>", add_special_tokens=False)["input_ids"]])
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    for _ in range(60):
+        prefix = torch.randint(4, policy.config.vocab_size, (16, 5))
+        batch = torch.cat([prefix, ids.expand(16, -1)], dim=1)
+        labels = batch.clone()
+        labels[:, :6] = -100
+        policy(batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    policy.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """Two problems with the answer that `trained` knows, one with another, one that math-verify cannot read."""
+    rows = [("a?", "so #### 72"), ("bb?", "#### 72"), ("ccc?", "#### 987654"), ("d?", "")]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n".join(json.dumps({"question": q, "answer": a}) for q, a in rows))
+    return path
+
+
+FAST = ["--samples", "4", "--k", "1", "4", "--max_new_tokens", "12", "--batch_size", "2", "--temperature", "0.3"]
+
+
+def test_two_checkpoints_are_evaluated_and_compared(script, trained, language_model, problems, tmp_path, capsys):
+    output = tmp_path / "new" / "report.json"
+    arguments = [str(language_model), str(trained), "--datasets", str(problems), *FAST, "--output", str(output)]
+    script.main(arguments)
+    report = json.loads(output.read_text())
+    untrained, right = report["results"]
+    assert right["correct"] == [4, 4, 0] and untrained["correct"] == [0, 0, 0]
+    assert (right["problems"], right["unreadable"]) == (3, 1)
+    assert right["truncated"] == 0 and untrained["truncated"] > 0.5
+    assert right["metrics"]["avg@4"]["mean"] == pytest.approx(2 / 3) == right["metrics"]["pass@4"]["mean"]
+    (difference,) = report["differences"]
+    assert difference["model"] == str(trained) and difference["metrics"]["pass@4"]["mean"] == pytest.approx(2 / 3)
+    printed = capsys.readouterr().out
+    score = "66.7 [0.0, 100.0]"
+    assert f"{trained} {score} {score} {score} 3 0%" in " ".join(printed.split())
+    assert "+66.7 [+0.0, +100.0]" in printed and f"{trained} - {language_model}" in printed
+    assert "math-verify cannot read their solution" in printed and "95 % bootstrap" in printed
+    assert "completions" not in right and report["settings"]["samples"] == 4
+
+
+def test_completions_are_saved_on_request(script, trained, problems, tmp_path):
+    output = tmp_path / "report.json"
+    script.main([str(trained), "--datasets", str(problems), *FAST, "--output", str(output), "--save_completions"])
+    (result,) = json.loads(output.read_text())["results"]
+    assert result["completions"] == [[CORRECT] * 4] * 3
+
+
+def test_with_a_seed_the_evaluation_is_deterministic_and_with_another_it_is_not(script, language_model, problems):
+    def completions(model, seed):
+        arguments = [str(model), "--datasets", str(problems), *FAST[:-1], "1.0", "--seed", seed, "--save_completions"]
+        return script.main(arguments)["results"][0]["completions"]
+
+    first = completions(language_model, "0")
+    assert completions(language_model, "0") == first
+    assert completions(language_model, "1") != first
+    assert len({text for samples in first for text in samples}) > 4
+
+
+def test_a_score_depends_on_no_other_model_or_dataset_of_the_call(script, trained, language_model, problems, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"question": "?", "answer": "72"}')
+    settings = [*FAST[:-1], "1.5", "--save_completions"]
+    (alone,) = script.main([str(trained), "--datasets", str(problems), *settings])["results"]
+    report = script.main([str(language_model), str(trained), "--datasets", str(other), str(problems), *settings])
+    rows = [(row["dataset"], row["model"]) for row in report["results"]]
+    assert rows == [(str(d), str(m)) for d in (other, problems) for m in (language_model, trained)]
+    assert report["results"][3]["completions"] == alone["completions"]
+    assert [(row["dataset"], row["model"]) for row in report["differences"]] == [rows[1], rows[3]]
+
+
+def test_a_lora_adapter_is_evaluated_on_its_base_model(script, trained, problems, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(trained)
+    adapter = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "adapter")
+    assert script.base_of(str(tmp_path / "adapter")) == str(trained) and script.base_of(str(trained)) == str(trained)
+    (result,) = script.main([str(tmp_path / "adapter"), "--datasets", str(problems), *FAST])["results"]
+    assert result["correct"] == [4, 4, 0]
+
+
+def test_a_model_without_chat_template_is_asked_in_plain_text(script, language_model, problems, tmp_path, monkeypatch):
+    shutil.copytree(language_model, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    asked = []
+    monkeypatch.setattr(
+        script,
+        "transformers_generator",
+        lambda model, tokenizer, *settings: (
+            lambda prompts: asked.extend(map(tokenizer.decode, prompts)) or [[(CORRECT, True)] * 4 for _ in prompts]
+        ),
+    )
+    for model in (tmp_path / "base", language_model):
+        script.main([str(model), "--datasets", str(problems), *FAST])
+    plain, chat = asked[0], asked[3]
+    assert plain.startswith("a?") and plain.endswith("\\boxed{}.\n")
+    assert chat.startswith("<|user|>a?") and chat.endswith("<|assistant|>")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--temperature", "0"], "--temperature 0 would draw --samples 8 equal ones"),
+        (["--samples", "4", "--k", "8"], "--k [8] must be between 1 and --samples 4"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_errors_before_a_model_is_loaded(script, options, said, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["nowhere", *options])
+    assert said in capsys.readouterr().err
+
+
+def test_greedy_decoding_draws_nothing(script, language_model, problems):
+    arguments = [str(language_model), "--datasets", str(problems), "--temperature", "0", "--samples", "1", "--k", "1"]
+    arguments += ["--max_new_tokens", "12", "--save_completions", "--seed"]
+    first, other = (script.main([*arguments, seed])["results"][0]["completions"] for seed in "01")
+    assert first == other
+
+
+def test_the_script_evaluates_gsm8k_from_a_file_and_shows_a_progress_bar(tmp_path, language_model):
+    arguments = [language_model, "--datasets", GSM8K, "--limit", 3, "--samples", 2, "--k", 1, "--max_new_tokens", 4]
+    printed = run("evaluate.py", *arguments, "--output", tmp_path / "report.json", cwd=tmp_path)
+    assert "avg@2" in printed and "pass@1" in printed
+    assert json.loads((tmp_path / "report.json").read_text())["results"][0]["problems"] == 3
+
+
+def test_the_named_datasets_come_from_the_hub(script, monkeypatch, language_model):
+    asked = []
+
+    def load_problems(*arguments):
+        asked.append(arguments)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(script, "load_problems", load_problems)
+    for name in ("gsm8k", "math500", "aime24", "aime25", "some/dataset"):
+        with pytest.raises(FileNotFoundError):
+            script.main([str(language_model), "--datasets", name])
+    assert [(hub, config, split) for hub, config, split, *_ in asked] == [
+        ("openai/gsm8k", "main", "test"),
+        ("HuggingFaceH4/MATH-500", None, "test"),
+        ("HuggingFaceH4/aime_2024", None, "train"),
+        ("math-ai/aime25", None, "test"),
+        ("some/dataset", None, "test"),
+    ]
