@@ -377,6 +377,7 @@ def test_a_policy_that_disagrees_with_itself_is_told_of_dropout_and_not_of_an_en
 
 def test_few_tokens_are_not_judged(tmp_path, caplog):
     record(instruments_at(tmp_path), gaps(0.3, rows=4)).flush(1)
+    record(instruments_at(tmp_path), torch.full((4, 64), math.nan)).flush(1)
     assert not caplog.records
 
 

@@ -159,8 +159,9 @@ class MismatchMeter:
         sums, counts = pooled[: len(self._sums)].tolist(), pooled[len(self._sums) :].view(-1, _WIDTH)
         pairs = sums[len(_SUMS) :]
         means = {name: _divide(*pairs[2 * i : 2 * i + 2]) for i, name in enumerate(self._names)}
-        weights = dict(zip(self._names, pairs[1::2], strict=True))
         s = dict(zip(_SUMS, sums[: len(_SUMS)], strict=True))
+        weights = dict(zip(self._names, pairs[1::2], strict=True))
+        weights["unscored_share"] = s["unscored_tokens"] + s["tokens"]
         histograms = (counts[:_TOKEN_BINS].sum(0), *counts[_TOKEN_BINS:])
         shapes = {
             view: _shape(histogram, -extremes[2 * i + 1], extremes[2 * i])
@@ -210,7 +211,7 @@ class Mismatch:
         metrics (`dict[str, float]`):
             By name, as `docs/metrics.md` defines them; NaN where there was nothing to measure.
         weights (`dict[str, float]`):
-            By the name of each of the further means, what its weights sum up to.
+            Of how many tokens `unscored_share` and each of the further means are (the sum of its weights).
         envelope (`list[dict[str, float]]`):
             For each bin of behaviour-policy token probability that has tokens (`probability_low` exclusive,
             `probability_high` inclusive): their number and the percentiles 2, 25, 50, 75, 98 and extremes of their
