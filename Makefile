@@ -31,7 +31,7 @@ test-slow: $(VENV)/.ready  ## The slow ones
 test-compat: $(VENV)-oldest/.ready  ## The method on the oldest TRL and transformers
 	$(VENV)-oldest/bin/python -m pytest \
 		tests/test_trl_contract.py tests/test_perturbation.py tests/test_families.py tests/test_loss.py \
-		tests/test_trainer.py tests/test_features.py
+		tests/test_trainer.py tests/test_features.py tests/test_instruments.py
 
 # DeepSpeed changes how accelerate and transformers load models as soon as it is installed, hence an environment of its
 # own. Its C++ ops are not built: ZeRO's arithmetic runs in torch.
