@@ -514,7 +514,7 @@ def test_python_of_the_docs_runs(saved, capsys):
     TOKENIZER.save_pretrained(saved / "now")
     exec(first.replace("Qwen/Qwen2.5-0.5B-Instruct", str(saved / "now")), {})
     assert "mean |p - q|" in capsys.readouterr().out
-    compile(inside_a_run, "docs/doctor.md", "exec")  # tests/engine/test_doctor.py runs its like
+    compile(inside_a_run, "docs/doctor.md", "exec")  # tests/engine/test_doctor_on_vllm.py runs its like
 
 
 def test_commands_of_the_docs_parse():

@@ -1,6 +1,6 @@
 """The doctor on real vLLM: each fault is planted where it lives, in seeded trials, and the verdicts are counted.
 
-    DOCTOR_TRIALS=20 python -m pytest tests/engine/test_doctor.py -s
+    DOCTOR_TRIALS=20 python -m pytest tests/engine/test_doctor_on_vllm.py -s
 
 prints the table of docs/doctor.md (about 8 minutes on 2 cores); without the variable there are 3 trials a fault.
 """
