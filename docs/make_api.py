@@ -48,9 +48,10 @@ def describe(thing) -> str:
 
 
 def heading(thing, name: str, level: str, signature: str | None = None) -> str:
-    signature = re.sub(
-        r"(?:typing|collections\.abc|torch\.nn\.modules\.module)\.", "", signature or str(inspect.signature(thing))
-    )
+    signature = signature or str(inspect.signature(thing))
+    signature = re.sub(r"(?:typing|collections\.abc|torch\.nn\.modules\.module)\.", "", signature)
+    signature = re.sub(r"<function \S*<lambda> at \w+>", "...", signature)
+    signature = re.sub(r"<function (\w+) at \w+>", r"\1", signature)
     return f"{level} `{name}`\n\n```python\n{name.rsplit('.', 1)[-1]}{signature}\n```"
 
 

@@ -436,7 +436,9 @@ def test_no_process_is_signalled_or_traced(attack, victim):
 
 def test_nothing_is_written_outside(attack, secret, tmp_path):
     library = os.path.dirname(os.__file__)
-    folders = [str(path) for path in (tmp_path, ROOT, Path.home(), "/", "/run", library, SCRIPT.parent)]
+    folders = [tmp_path, ROOT, Path.home(), Path("/"), Path("/run"), Path(library), SCRIPT.parent]
+    # With bubblewrap /tmp is memory of the program's own. A repository below it has a path there, not its files.
+    folders = [str(path) for path in folders if path == tmp_path or not path.is_relative_to("/tmp")]
     seen = attack(
         f"""
         secret = {str(secret)!r}
@@ -459,6 +461,7 @@ def test_nothing_is_written_outside(attack, secret, tmp_path):
         """
     )
     assert seen.count("refused:") == len(folders) + 14
+    assert not (ROOT / "trl_alp_attack").exists()
 
 
 def test_no_daemon_stays(attack):
