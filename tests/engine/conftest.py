@@ -163,7 +163,7 @@ def serve(policy_path: str, folder: Path, *options: str):
                 break
             time.sleep(1)
         if process.poll() is not None:
-            pytest.fail(f"the vLLM server ended:\n{(folder / 'log').read_text()[-5000:]}")
+            pytest.fail(f"the vLLM server ended with {process.returncode}:\n{(folder / 'log').read_text()[-5000:]}")
         yield f"http://127.0.0.1:{port}"
     finally:
         for end in (signal.SIGTERM, signal.SIGKILL):
