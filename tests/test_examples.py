@@ -19,7 +19,7 @@ GSM8K = ROOT / "tests" / "data" / "gsm8k" / "train.jsonl"
 def run(script, *arguments, cwd, launcher=(sys.executable,)):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CI": "1"}
     command = [*launcher, str(ROOT / "examples" / script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=280)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
