@@ -1,0 +1,101 @@
+# Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
+"""The arms of the study: ways to correct for off-policy rollouts, each a trainer class and what it changes.
+
+| arm | ratio in the loss | correction of the mismatch |
+|---|---|---|
+| `grpo` | policy / old policy | none |
+| `gspo` | the same, geometric mean over the sequence | none |
+| `tis` | policy / old policy | times old policy / engine per token, at most 5 (`token_truncate`, the paper's cap) |
+| `mis` | policy / old policy | times old policy / engine per sequence, zero above 3 (`sequence_mask`, TRL's default) |
+| `bypass_token`, `bypass_sequence` | policy / engine | inside the ratio |
+| `alp_token`, `alp_sequence`, `alp_geometric` | perturbed policy / engine | inside the ratio, with noise |
+| `alp_tis` | perturbed policy / old policy | as `tis`: noise on top of the split ratio |
+
+The old policy is the trainer's own, scored when the rollouts are made.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from trl import GRPOConfig, GRPOTrainer
+
+import trl_alp.perturbation
+from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, instrument
+
+
+TIS = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 5.0}
+MIS = {"vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 3.0}
+ARMS: dict[str, tuple[str, dict]] = {
+    "grpo": ("stock", {}),
+    "gspo": ("stock", {"importance_sampling_level": "sequence", "loss_type": "grpo"}),  # as TRL says for GSPO
+    "tis": ("corrected", TIS),
+    "mis": ("corrected", MIS),
+    "bypass_token": ("alp", {"alp_enabled": False}),
+    "bypass_sequence": ("alp", {"alp_enabled": False, "alp_ratio_level": "sequence"}),
+    "alp_token": ("alp", {}),
+    "alp_sequence": ("alp", {"alp_ratio_level": "sequence"}),
+    "alp_geometric": ("alp", {"alp_ratio_level": "sequence_geometric"}),
+    "alp_tis": ("split", TIS),
+}
+
+
+class SplitRatioTrainer(ALPGRPOTrainer):
+    """Noise on top of TRL's split ratio: perturbed policy / old policy, times truncated old policy / engine."""
+
+    def _generate(self, prompts):
+        output = super()._generate(prompts)
+        self._skip_scoring = False  # TRL scores the old policy, as without ALP
+        return output
+
+    def _compute_loss(self, model, inputs):
+        # Without the engine's log-probs ALP's denominator is the old policy's; the engine is in TRL's factor.
+        return super()._compute_loss(model, {k: v for k, v in inputs.items() if k != "sampling_per_token_logps"})
+
+
+def build_trainer(arm: str, overrides: dict, common: dict, place: str | None = None, **kwargs) -> GRPOTrainer:
+    """
+    Build an instrumented trainer.
+
+    Args:
+        arm (`str`): One of `ARMS`.
+        overrides (`dict`): Fields of the config that differ from the arm's.
+        common (`dict`): Fields that all arms share.
+        place (`str`, *optional*): `"final"` puts ALP's noise on the final hidden state alone.
+        **kwargs: For the trainer.
+    """
+    kind, changes = ARMS[arm]
+    settings = common | changes | overrides
+    if kind in ("stock", "corrected"):
+        settings["vllm_importance_sampling_correction"] = kind == "corrected"
+        trainer = GRPOTrainer(args=GRPOConfig(**settings), **kwargs)
+    else:
+        settings["vllm_importance_sampling_correction"] = kind == "split"
+        trainer_class = SplitRatioTrainer if kind == "split" else ALPGRPOTrainer
+        trainer = trainer_class(args=ALPGRPOConfig(**settings), **kwargs)
+        if place == "final":
+            _perturb_final_state(trainer)
+    if kind in ("corrected", "split") and not trainer.use_vllm:
+        # TRL applies its correction with vLLM only. Of vLLM it then asks for the weight sync alone, since the rollouts
+        # are the `rollout_func`'s.
+        trainer.use_vllm, trainer.vllm_mode = True, "server"
+        trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
+        trainer._last_loaded_step = -1
+    return instrument(trainer)
+
+
+def _perturb_final_state(trainer: ALPGRPOTrainer) -> None:
+    """Move the noise from the decoder layers to the input of the final norm."""
+    args, find = trainer.args, trl_alp.perturbation.find_decoder_layers
+    trl_alp.perturbation.find_decoder_layers = lambda model: torch.nn.ModuleList([model.model.norm])
+    try:
+        trainer.perturbation.remove()
+        trainer.perturbation = trl_alp.LayerwisePerturbation(
+            trainer.model,
+            sigma_init=args.alp_sigma_init,
+            learnable=args.alp_learn_sigma,
+            noise_scale=args.alp_noise_scale,
+        )
+    finally:
+        trl_alp.perturbation.find_decoder_layers = find
+    if trainer.sigma_optimizer is not None:
+        trainer.sigma_optimizer = torch.optim.Adam([trainer.perturbation.log_sigma], lr=args.alp_sigma_lr)

@@ -1,0 +1,83 @@
+# Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
+"""Behaviour policies for the lab: copies of the policy in other numerics, or some weight versions old.
+
+The two dials of off-policy collapse. `numerics` is the training-inference mismatch: `exact`, `bf16`, `int8`, `int6`,
+`int5`, ... (each decoder weight matrix rounded per output channel, symmetrically, as a weight-only quantised engine
+does), `gauss-S` (Gaussian weight noise of S times each matrix's standard deviation, fresh at each sync) or `noise-S`
+(layerwise perturbation of S times the hidden RMS while sampling: exploration noise on the behaviour side, as QeRL
+has it). `lag` is staleness on top of the updates per batch of rollouts: the weights are as many batches old.
+"""
+
+from collections import deque
+from contextlib import nullcontext
+
+import torch
+from task import sample
+
+from trl_alp import LayerwisePerturbation
+
+
+def round_weights(model: torch.nn.Module, bits: int) -> None:
+    """Round every weight matrix of the decoder layers to `bits` bits, one scale for each output channel, in place."""
+    largest = 2 ** (bits - 1) - 1
+    for layer in model.model.layers:
+        for weight in layer.parameters():
+            if weight.dim() == 2:
+                scale = weight.abs().amax(1, keepdim=True) / largest
+                weight.copy_((weight / scale).round() * scale)
+
+
+def shake_weights(model: torch.nn.Module, size: float, generator: torch.Generator) -> None:
+    """Add Gaussian noise of `size` times its standard deviation to every weight matrix of the decoder layers."""
+    for layer in model.model.layers:
+        for weight in layer.parameters():
+            if weight.dim() == 2:
+                weight.add_(torch.randn(weight.shape, generator=generator) * weight.std(), alpha=size)
+
+
+class Behaviour:
+    """A `rollout_func`: samples from a copy of the policy, and reports the log-probs it sampled with.
+
+    Args:
+        numerics (`str`): See the top of this module.
+        lag (`int`): How many batches of rollouts old the weights are.
+        seed (`int`): Seeds the sampling, the same for every arm.
+    """
+
+    def __init__(self, numerics: str, lag: int, seed: int):
+        self.numerics, _, size = numerics.partition("-")
+        self.size = float(size or 0)
+        self.weights: deque[dict[str, torch.Tensor]] = deque(maxlen=lag + 1)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.copy = self.perturbation = None
+
+    @torch.no_grad()
+    def sync(self, policy: torch.nn.Module) -> None:
+        if self.copy is None:
+            # Not `copy.deepcopy`: TRL patches `forward` of the policy, and a copy of that would run the policy itself.
+            self.copy = type(policy)(policy.config).eval()
+            if self.numerics == "noise":
+                self.perturbation = LayerwisePerturbation(self.copy, sigma_init=self.size, noise_scale="rms")
+                self.copy.register_forward_pre_hook(self._draw_anew)
+        self.weights.append({name: value.clone() for name, value in policy.state_dict().items()})
+        self.copy.float().load_state_dict(self.weights[0])
+        if self.numerics == "bf16":
+            self.copy.bfloat16()
+        elif self.numerics.startswith("int"):
+            round_weights(self.copy, int(self.numerics.removeprefix("int")))
+        elif self.numerics == "gauss":
+            shake_weights(self.copy, self.size, self.generator)
+        elif self.numerics not in ("exact", "noise"):
+            raise ValueError(f"numerics={self.numerics!r} is unknown; see benchmarks/lab/behaviour.py.")
+
+    def _draw_anew(self, *_) -> None:
+        # The same seed and shape would give every token of a completion the same noise.
+        self.perturbation.seed = int(torch.randint(2**31, (), generator=self.generator))
+
+    def __call__(self, prompts: list[str], trainer) -> dict[str, list]:
+        self.sync(trainer.model)
+        prompt_ids = trainer.processing_class(prompts)["input_ids"]
+        eos = trainer.processing_class.eos_token_id
+        with nullcontext() if self.perturbation is None else self.perturbation.applied(seed=0):
+            ids, logprobs = sample(self.copy, torch.tensor(prompt_ids), eos, self.generator)
+        return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": logprobs}

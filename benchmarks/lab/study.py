@@ -1,0 +1,267 @@
+# Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
+"""
+The study: many runs of the lab, resumable, in parallel.
+
+    python benchmarks/lab/study.py                       # all that is not there yet: hours
+    python benchmarks/lab/study.py --stages tune edge    # some stages
+    python benchmarks/lab/study.py --quick               # ten minutes on 2 cores: the edge, short, four arms, one seed
+    python benchmarks/lab/figures.py                     # tables and figures of docs/results.md from the results
+
+Each run is a YAML file in `runs/lab/STAGE/` and leaves its log beside it (`run.py`). What is finished is summed up in
+`benchmarks/results/lab/STAGE.json.gz`, which is committed: runs in there are not repeated either. Stages depend on
+each other: `grid` and all after it use the learning rate and clip range that `tune` found best for each arm.
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a run is small: two at a time beat two threads
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+import yaml
+
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "lab"
+
+NARROW = {"epsilon": 0.2, "epsilon_high": 0.28}
+WIDE = {"epsilon": 0.5, "epsilon_high": 3.0}
+CLIPS = {"narrow": NARROW, "wide": WIDE}
+RATES = (2.5e-5, 5e-5, 1e-4)
+ARMS = ("grpo", "tis", "mis", "bypass_token", "bypass_sequence", "alp_token", "alp_sequence", "alp_tis")
+# Where the dials stand. An update always has 32 completions; the rollouts of one batch serve as many updates as the
+# second dial says, so that no dial changes the number of updates, of samples, or the batch of an update.
+POINTS = {
+    "mismatch_edge": {"numerics": "int4", "updates_per_rollout": 8},
+    "stale_edge": {"numerics": "bf16", "updates_per_rollout": 32},
+    "healthy": {"numerics": "exact", "updates_per_rollout": 8},
+    "mismatch_beyond": {"numerics": "int3", "updates_per_rollout": 8},
+    "stale_beyond": {"numerics": "bf16", "updates_per_rollout": 32, "lag": 1},
+}
+TUNING_SEEDS = (100,)
+SEEDS = (0, 1, 2, 3, 4)
+MONITOR = {"alp_monitor_every": 5}  # not a divisor of the updates per batch: all ages of rollouts are looked at
+
+
+def arm_settings(arm: str, clip: str, rate: float, **overrides) -> dict:
+    monitor = MONITOR if arm.startswith("alp") else {}
+    return {"arm": arm, "learning_rate": rate, "overrides": CLIPS[clip] | monitor | overrides}
+
+
+# ---- Stages: the name and the settings of each run ----
+
+Runs = Iterator[tuple[str, dict]]
+
+
+def disease() -> Runs:
+    """Each dial alone, uncorrected GRPO and Bypass, at one learning rate."""
+    mismatch = [
+        {"numerics": n, "updates_per_rollout": 8} for n in ("exact", "bf16", "int8", "int6", "int5", "int4", "int3")
+    ]
+    mismatch += [{"numerics": f"gauss-{size}", "updates_per_rollout": 8} for size in (0.1, 0.3)]
+    stale = [{"numerics": "exact", "updates_per_rollout": u} for u in (1, 4, 16, 32)]
+    stale += [{"numerics": "exact", "updates_per_rollout": 8, "lag": lag} for lag in (1, 4)]
+    for point, arm, seed in itertools.product(mismatch + stale, ("grpo", "bypass_token"), SEEDS[:2]):
+        label = f"{point['numerics']}-u{point['updates_per_rollout']}-lag{point.get('lag', 0)}"
+        clip = "narrow" if arm == "grpo" else "wide"
+        yield f"{label}-{arm}-s{seed}", arm_settings(arm, clip, 1e-4) | point | {"seed": seed}
+
+
+def tune() -> Runs:
+    """The same grid for every arm, at the edges."""
+    for point, arm, clip, rate, seed in itertools.product(TUNED_AT, ARMS, CLIPS, RATES, TUNING_SEEDS):
+        yield f"{point}-{arm}-{clip}-{rate:g}-s{seed}", arm_settings(arm, clip, rate) | POINTS[point] | {"seed": seed}
+
+
+TUNED_AT = ("mismatch_edge",)
+
+
+def choices() -> dict[str, tuple[str, float]]:
+    """Clip range and learning rate of each arm: the best final accuracy, averaged over points and tuning seeds."""
+    scores: dict[tuple, list[float]] = {}
+    for row in finished("tune").values():
+        settings = row["settings"]
+        clip = "wide" if settings["overrides"]["epsilon"] == WIDE["epsilon"] else "narrow"
+        scores.setdefault((settings["arm"], clip, settings["learning_rate"]), []).append(final(row))
+    missing = {name for name, _ in tune()} - set(finished("tune"))
+    if missing:
+        raise SystemExit(f"{len(missing)} runs of the stage `tune` are missing; run it first.")
+    best = {}
+    for arm in ARMS:
+        tried = [key for key in scores if key[0] == arm]
+        best[arm] = max(tried, key=lambda key: statistics.mean(scores[key]))[1:]
+    return best
+
+
+def grid() -> Runs:
+    """Every arm at its best settings, at every point of the dials, on fresh seeds."""
+    best = choices()
+    for point, seed, arm in itertools.product(POINTS, SEEDS, ARMS):
+        clip, rate = best[arm]
+        yield f"{point}-{arm}-s{seed}", arm_settings(arm, clip, rate) | POINTS[point] | {"seed": seed}
+
+
+def ablation() -> Runs:
+    """What of ALP matters, one change at a time, at the edge of the mismatch dial."""
+    clip, rate = choices()["alp_token"]
+    absolute = {"alp_noise_scale": "absolute"}
+    changes: dict[str, dict] = {
+        f"sigma-{sigma:g}": {"alp_sigma_init": sigma} for sigma in (3e-4, 1e-3, 3e-3, 3e-2, 1e-1)
+    }
+    changes |= {
+        "fixed": {"alp_learn_sigma": False},
+        "learned-fast": {"alp_sigma_lr": 1e-2},
+        "absolute-0.02-paper": absolute | {"alp_sigma_init": 0.02, "alp_sigma_lr": 1e-2},
+        "absolute-1e-6-paper": absolute | {"alp_sigma_init": 1e-6},
+        "first": {"alp_layers": "first:2", "alp_sigma_init": 3e-2},
+        "middle": {"alp_layers": "1-2", "alp_sigma_init": 3e-2},
+        "last": {"alp_layers": "last:2", "alp_sigma_init": 3e-2},
+        "embedding": {"alp_layers": "first:1", "alp_sigma_init": 3e-2},
+        "geometric": {"alp_ratio_level": "sequence_geometric", "epsilon": 0.03, "epsilon_high": 0.04},
+        "final": {"alp_sigma_init": 3e-2},
+    }
+    for seed, (label, change) in itertools.product(SEEDS[:3], changes.items()):
+        settings = arm_settings("alp_token", clip, rate, **change) | POINTS["mismatch_edge"] | {"seed": seed}
+        yield f"{label}-s{seed}", settings | ({"place": "final"} if label == "final" else {})
+    # Other remedies at the same point: GSPO at its own clip ranges, noise on the behaviour side.
+    clip, rate = choices()["bypass_token"]
+    for seed in SEEDS[:3]:
+        for scale in (1, 10, 100):
+            gspo = arm_settings("gspo", "narrow", rate, epsilon=3e-4 * scale, epsilon_high=4e-4 * scale)
+            yield f"gspo-{scale}-s{seed}", gspo | POINTS["mismatch_edge"] | {"seed": seed}
+        settings = arm_settings("bypass_token", clip, rate) | {"numerics": "noise-0.03", "updates_per_rollout": 8}
+        yield f"behaviour-noise-s{seed}", settings | {"seed": seed}
+
+
+def quick() -> Runs:
+    for arm in ("grpo", "tis", "bypass_token", "alp_token"):
+        clip = "narrow" if arm in ("grpo", "tis") else "wide"
+        yield f"{arm}-s0", arm_settings(arm, clip, 1e-4) | POINTS["mismatch_edge"] | {"updates": 200}
+
+
+STAGES = {stage.__name__: stage for stage in (disease, tune, grid, ablation)}
+
+
+# ---- Results ----
+
+
+def final(row: dict) -> float:
+    """Final accuracy of a run: the mean of its last three evaluations."""
+    return statistics.mean(value for _, value in row["accuracy"][-3:])
+
+
+def summed_up(result: dict, window: int = 8) -> dict:
+    """A run with its log in windows of updates: mean, and where the tail matters the largest."""
+    log, curves = result["log"], {}
+    names = sorted({name for row in log for name in row} & set(CURVES))
+    for name in names:
+        windows = []
+        for start in range(0, len(log), window):
+            values = [row[name] for row in log[start : start + window] if row.get(name) is not None]
+            windows.append([f"{statistics.mean(values):.4g}", f"{max(values):.4g}"] if values else [None, None])
+        curves[name] = [[None if v is None else float(v) for v in pair] for pair in windows]
+    return {k: v for k, v in result.items() if k != "log"} | {"window": window, "curves": curves}
+
+
+# Mean and largest of each are kept.
+CURVES = (
+    "reward", "grad_norm", "entropy", "alp/kl/k1", "alp/kl/k3", "alp/token/ess", "alp/sequence/ess",
+    "alp/token/log_ratio/p02", "alp/token/log_ratio/p98", "alp/sequence/log_ratio/p02", "alp/sequence/log_ratio/p98",
+    "alp/token/log_ratio/min", "alp/token/log_ratio/max", "alp/clip/low", "alp/clip/high", "alp/clip/dual",
+    "alp/noise_off/kl/k3", "alp/noise_off/token/log_ratio/p02", "alp/noise_off/token/log_ratio/p98",
+    "alp/noise_off/sequence/log_ratio/p02", "alp/noise_off/sequence/log_ratio/p98", "alp/noise_off/token/ess",
+    "alp/old/kl/k3", "alp/old/token/log_ratio/p02", "alp/old/token/log_ratio/p98",
+    *(f"alp/sigma/layer_{layer:02d}" for layer in range(8)),
+)  # fmt: skip
+
+
+def finished(stage: str) -> dict[str, dict]:
+    """What has been summed up of a stage, by name of the run."""
+    path = RESULTS / f"{stage}.json.gz"
+    return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
+
+
+def sum_up(stage: str, folder: Path) -> None:
+    rows = finished(stage)
+    for path in sorted((folder / stage).glob("*.json")):
+        if path.stem not in rows:
+            rows[path.stem] = summed_up(json.loads(path.read_text()))
+    if rows:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(sorted(rows.items())))
+        (RESULTS / f"{stage}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+# ---- Running ----
+
+
+def one(file: Path, cache: Path) -> float:
+    """In a process of its own: do the run of one YAML file; the final accuracy."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import torch
+    import transformers
+    from run import run
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    result = run(yaml.safe_load(file.read_text()), cache)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result))
+    temporary.rename(file.with_suffix(".json"))
+    return final(result)
+
+
+def carry_out(stage: str, runs: Runs, folder: Path, jobs: int, deadline: float, cache: Path) -> None:
+    """Do the runs of a stage that are not there yet, until the time is up."""
+    known, files = finished(stage), []
+    (folder / stage).mkdir(parents=True, exist_ok=True)
+    for name, settings in runs:
+        file = folder / stage / f"{name}.yaml"
+        if name not in known and not file.with_suffix(".json").exists():
+            file.write_text(yaml.safe_dump(settings, sort_keys=False))
+            files.append(file)
+    print(f"{stage}: {len(files)} runs to do", flush=True)
+    start, waiting = time.time(), iter(files)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(one, file, cache): file for file in itertools.islice(waiting, jobs)}
+        done = 0
+        while running:
+            future = next(as_completed(running))
+            file = running.pop(future)
+            done += 1
+            outcome = f"FAILED: {future.exception()!r}" if future.exception() else f"{future.result():.3f}"
+            left = (time.time() - start) / done * (len(files) - done) / 60
+            print(f"{stage} {done}/{len(files)} {file.stem}: {outcome} ({left:.0f} min left)", flush=True)
+            if time.time() < deadline and (following := next(waiting, None)) is not None:
+                running[pool.submit(one, following, cache)] = following
+    if stage in STAGES:
+        sum_up(stage, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after this time")
+    parser.add_argument("--folder", type=Path, default=Path("runs/lab"))
+    options = parser.parse_args()
+    deadline = time.time() + 3600 * options.hours
+    stages = {"quick": quick} if options.quick else {name: STAGES[name] for name in options.stages}
+    for name, runs in stages.items():
+        carry_out(name, runs(), options.folder, options.jobs, deadline, options.folder)
+
+
+if __name__ == "__main__":
+    main()

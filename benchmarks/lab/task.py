@@ -1,0 +1,140 @@
+# Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
+"""The lab's task: column addition with the carries written out, and a small model that half knows it.
+
+    347+285=  ->  7+5=12,4+8+1=13,3+2+1=6:632
+
+Answers are 21 to 29 tokens long, one token a character, and the reward is 1 if what follows the colon is the sum. The
+model is warm-started once by imitation, until it is right about 40 % of the time at temperature 1, and cached, so that
+all runs start from the same weights.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+
+PROMPT_LENGTH = 8  # "347+285=": all prompts are as long, so nothing is padded on the left
+MAX_COMPLETION_LENGTH = 31
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+=,:"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, size: dict[str, int]) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=size["hidden"],
+        intermediate_size=4 * size["hidden"],
+        num_hidden_layers=size["layers"],
+        num_attention_heads=size["heads"],
+        num_key_value_heads=size["heads"],
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def work_out(a: int, b: int) -> str:
+    """The answer, column by column from the right."""
+    columns, carry = [], 0
+    for place in (1, 10, 100):
+        left, right = a // place % 10, b // place % 10
+        columns.append(f"{left}+{right}" + ("+1" if carry else "") + f"={left + right + carry}")
+        carry = (left + right + carry) // 10
+    return f"{','.join(columns)}:{a + b}"
+
+
+def build_problems() -> tuple[list[dict], list[dict]]:
+    """Sums of two three-digit numbers: (20000 to train on, 1000 held out)."""
+    draw = random.Random(0)
+    pairs = [divmod(index, 900) for index in draw.sample(range(900 * 900), 21000)]
+    problems = [
+        {"prompt": f"{100 + a}+{100 + b}=", "answer": str(200 + a + b), "worked": work_out(100 + a, 100 + b)}
+        for a, b in pairs
+    ]
+    return problems[1000:], problems[:1000]
+
+
+def is_correct(completions: list[str], answer: list[str], **kwargs) -> list[float]:
+    """Reward: 1 if the completion's part after its colon is the sum, else 0."""
+    return [float(text.rpartition(":")[2] == right) for text, right in zip(completions, answer, strict=True)]
+
+
+@torch.no_grad()
+def sample(
+    model, prompt_ids: torch.Tensor, eos: int, generator: torch.Generator, greedy: bool = False
+) -> tuple[list[list[int]], list[list[float]]]:
+    """
+    Sample completions at temperature 1, and the log-probs that the model sampled them with.
+
+    Args:
+        model: A causal language model, in any number format.
+        prompt_ids (`torch.Tensor` of shape `(B, P)`): Prompts without padding.
+        eos (`int`): Id of the token that ends a completion.
+        generator (`torch.Generator`): Source of all randomness.
+
+    Returns:
+        Completion ids, the end of sequence included, and their log-probs in nats, for each prompt.
+    """
+    cache, tokens, logprobs = DynamicCache(config=model.config), [], []
+    step, finished = prompt_ids, torch.zeros(len(prompt_ids), dtype=torch.bool)
+    while len(tokens) < MAX_COMPLETION_LENGTH and not finished.all():
+        logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        scores = logits.log_softmax(-1)  # (B, V)
+        step = scores.argmax(-1, keepdim=True) if greedy else scores.exp().multinomial(1, generator=generator)
+        tokens.append(step)
+        logprobs.append(scores.gather(-1, step))
+        finished |= step[:, 0] == eos
+    ids, logprobs = torch.cat(tokens, 1).tolist(), torch.cat(logprobs, 1).tolist()
+    lengths = [row.index(eos) + 1 if eos in row else len(row) for row in ids]
+    ids, logprobs = ([row[:n] for row, n in zip(rows, lengths, strict=True)] for rows in (ids, logprobs))
+    return ids, logprobs
+
+
+def accuracy(model, tokenizer, problems: list[dict], greedy: bool = False, seed: int = 0) -> float:
+    """Share of problems answered correctly by one completion each."""
+    was_training = model.training
+    model.eval()
+    prompt_ids = tokenizer([problem["prompt"] for problem in problems], return_tensors="pt")["input_ids"]
+    ids, _ = sample(model, prompt_ids, tokenizer.eos_token_id, torch.Generator().manual_seed(seed), greedy)
+    model.train(was_training)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return sum(is_correct(texts, [problem["answer"] for problem in problems])) / len(problems)
+
+
+def warm_start(folder: Path, size: dict[str, int], target: float) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+    """The model that all runs start from: imitation until `target` of the held-out problems are right; cached."""
+    tokenizer = build_tokenizer()
+    if (folder / "config.json").exists():
+        return Qwen2ForCausalLM.from_pretrained(folder), tokenizer
+    torch.manual_seed(0)
+    model = build_model(tokenizer, size)
+    train, held_out = build_problems()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    draw = random.Random(1)
+    model.train()
+    for step in range(4000):
+        rows = [draw.choice(train) for _ in range(128)]
+        texts = [row["prompt"] + row["worked"] + "<eos>" for row in rows]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        labels[:, :PROMPT_LENGTH] = -100
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 19 and accuracy(model, tokenizer, held_out[:500]) >= target:
+            model.save_pretrained(folder)
+            return model, tokenizer
+    raise RuntimeError(f"The warm start did not reach an accuracy of {target} in 4000 steps.")

@@ -1,0 +1,252 @@
+"""The lab (`benchmarks/lab`): that its dials and arms are what they are called, at tiny size."""
+
+import itertools
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+
+LAB = Path(__file__).parent.parent / "benchmarks" / "lab"
+sys.path.insert(0, str(LAB))
+
+import arms  # noqa: E402
+import behaviour  # noqa: E402
+import figures  # noqa: E402
+import run  # noqa: E402
+import study  # noqa: E402
+import task  # noqa: E402
+
+
+SIZE = {"hidden": 32, "layers": 2, "heads": 2}
+TINY = {
+    "size": SIZE,
+    "start_accuracy": 0.0,
+    "updates_per_rollout": 4,
+    "mini_batch": 8,
+    "num_generations": 4,
+    "updates": 8,
+    "eval_every": 4,
+    "eval_problems": 8,
+    "learning_rate": 1e-3,
+}
+
+
+def reward_digits(completions, **kwargs):
+    """Varies between the completions of a model that knows nothing."""
+    return [sum(c.isdigit() for c in completion) / 10 for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    task.warm_start(folder / "warm-32x2-0.0", SIZE, 0.0)
+    return folder
+
+
+@pytest.fixture
+def policy(cache):
+    return task.warm_start(cache / "warm-32x2-0.0", SIZE, 0.0)
+
+
+class Trainer:
+    """What a behaviour policy reads of a trainer."""
+
+    def __init__(self, policy):
+        self.model, self.processing_class = policy
+
+
+def scored(model, output) -> torch.Tensor:
+    """Log-probs of the completions under `model`, one after another."""
+    rows = []
+    for prompt, completion in zip(output["prompt_ids"], output["completion_ids"], strict=True):
+        ids = torch.tensor([prompt + completion])
+        logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+        rows.append(logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0])
+    return torch.cat(rows)
+
+
+def test_every_worked_answer_is_right_and_of_the_length_that_is_promised():
+    train, held_out = task.build_problems()
+    answers = [row["worked"] for row in train + held_out]
+    assert all(task.is_correct(answers, [row["answer"] for row in train + held_out]))
+    for row in held_out[:50]:
+        a, b = map(int, row["prompt"].rstrip("=").split("+"))
+        *columns, total = row["worked"].replace(":", ",").split(",")
+        assert int(total) == a + b == int(row["answer"])
+        assert all(sum(map(int, c.split("=")[0].split("+"))) == int(c.split("=")[1]) for c in columns)
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert {len(row["prompt"]) for row in train} == {task.PROMPT_LENGTH}
+    assert max(map(len, answers)) < task.MAX_COMPLETION_LENGTH
+
+
+@pytest.mark.parametrize("completion", ["7+5=12:613", "632:", "", "7+5=12,4+8+1=13,3+2+1=6:0632", "632 "])
+def test_a_wrong_answer_earns_nothing(completion):
+    assert task.is_correct([completion], ["632"]) == [0.0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("numerics", ["exact", "bf16", "int8", "int5", "gauss-0.3"])
+def test_a_behaviour_policy_reports_the_log_probs_it_sampled_with(policy, numerics):
+    prompts = [row["prompt"] for row in task.build_problems()[1][:6]]
+    rollout = behaviour.Behaviour(numerics, lag=0, seed=0)
+    output = rollout(prompts, Trainer(policy))
+    reported = torch.tensor(list(itertools.chain(*output["logprobs"])))
+    # bf16 rounds a cached key in other places than an uncached one.
+    torch.testing.assert_close(
+        reported, scored(rollout.copy, output), atol=0.05 if numerics == "bf16" else 1e-5, rtol=0
+    )
+
+
+@torch.no_grad()
+def test_the_mismatch_grows_as_the_dial_turns(policy):
+    prompts = [row["prompt"] for row in task.build_problems()[1][:16]]
+    gaps = []
+    for numerics in ("exact", "int8", "int6", "int4"):
+        output = behaviour.Behaviour(numerics, lag=0, seed=0)(prompts, Trainer(policy))
+        gaps.append(
+            (torch.tensor(list(itertools.chain(*output["logprobs"]))) - scored(policy[0], output)).std().item()
+        )
+    assert gaps[0] < 1e-6 and 10 * gaps[0] < gaps[1] < gaps[2] < gaps[3]
+
+
+@torch.no_grad()
+def test_a_lag_of_two_samples_from_the_weights_of_two_batches_ago(policy):
+    model, tokenizer = policy
+    prompts = [row["prompt"] for row in task.build_problems()[1][:4]]
+    rollout = behaviour.Behaviour("exact", lag=2, seed=0)
+    versions = []
+    for _ in range(4):
+        versions.append({name: value.clone() for name, value in model.state_dict().items()})
+        rollout(prompts, Trainer((model, tokenizer)))
+        for weight in model.parameters():
+            weight.add_(0.01)
+    for name, value in rollout.copy.state_dict().items():
+        assert torch.equal(value, versions[1][name])
+
+
+@torch.no_grad()
+def test_noise_on_the_behaviour_side_is_drawn_anew_for_every_token(policy):
+    prompts = [row["prompt"] for row in task.build_problems()[1][:2]]
+    rollout, seeds = behaviour.Behaviour("noise-0.1", lag=0, seed=0), []
+    rollout.sync(policy[0])
+    rollout.copy.model.register_forward_pre_hook(lambda *_: seeds.append(rollout.perturbation.seed))
+    rollout(prompts, Trainer(policy))
+    assert len(set(seeds)) == len(seeds) > 5
+
+
+def test_an_unknown_number_format_is_an_error(policy):
+    with pytest.raises(ValueError, match="numerics='fp3' is unknown"):
+        behaviour.Behaviour("fp3", lag=0, seed=0).sync(policy[0])
+
+
+@pytest.fixture(scope="module")
+def trained(cache):
+    """The weights of every arm after the same rollouts and updates."""
+    weights = {}
+    original = run.is_correct
+    run.is_correct = reward_digits
+    try:
+        for arm in arms.ARMS:
+            weights[arm] = weights_after(arm, cache)
+        still = {"alp_sigma_init": 1e-6, "alp_learn_sigma": False, "alp_dual_clip": None}
+        weights["alp_tis, no noise"] = weights_after("alp_tis", cache, **still)
+    finally:
+        run.is_correct = original
+    return weights
+
+
+def weights_after(arm: str, cache: Path, **overrides) -> torch.Tensor:
+    kept = []
+
+    class Keeper(run.Evaluation):
+        def measure(self, step):
+            kept.append(torch.cat([p.detach().flatten().clone() for p in self.policy.parameters()]))
+
+    original = run.Evaluation
+    run.Evaluation = Keeper
+    try:
+        clip = {"epsilon": 0.2, "epsilon_high": 0.28}
+        run.run(TINY | {"arm": arm, "numerics": "int3", "overrides": clip | overrides}, cache)
+    finally:
+        run.Evaluation = original
+    assert not torch.equal(kept[0], kept[-1])
+    return kept[-1]
+
+
+def test_no_two_arms_are_the_same(trained):
+    for (a, first), (b, second) in itertools.combinations(trained.items(), 2):
+        if (a, b) != ("tis", "alp_tis, no noise"):
+            assert (first - second).abs().max() > 1e-5, (a, b)
+
+
+def test_noise_on_top_of_the_split_ratio_is_tis_as_the_noise_vanishes(trained):
+    difference = (trained["alp_tis, no noise"] - trained["tis"]).abs().max()
+    assert difference < 0.01 * (trained["alp_tis"] - trained["tis"]).abs().max()
+
+
+def test_a_run_logs_every_update_and_evaluates_without_noise(cache):
+    result = run.run(TINY | {"overrides": {"alp_monitor_every": 2}}, cache)
+    assert [step for step, _ in result["accuracy"]] == [0, 4, 8]
+    assert [row["step"] for row in result["log"]] == list(range(1, 9))
+    for name in ("grad_norm", "reward", "entropy", "alp/kl/k3", "alp/sequence/ess", "alp/sigma/layer_01"):
+        assert sum(name in row for row in result["log"]) >= 2, name
+    again = run.run(TINY | {"overrides": {"alp_monitor_every": 2}}, cache)
+    assert again["log"] == result["log"] and again["accuracy"] == result["accuracy"]
+
+
+def test_the_final_state_is_perturbed_alone_where_a_run_asks_for_it(cache):
+    result = run.run(TINY | {"place": "final", "overrides": {"alp_sigma_init": 0.1}}, cache)
+    assert {name for row in result["log"] for name in row if name.startswith("alp/sigma/layer")} == {
+        "alp/sigma/layer_00"
+    }
+    assert result["log"][0]["alp/kl/k3"] > 1e-6
+
+
+@pytest.mark.slow
+def test_a_study_resumes_sums_up_and_begins_no_run_after_its_time(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(study.STAGES, "toy", None)
+    (tmp_path / "warm-32x2-0.0").symlink_to(cache / "warm-32x2-0.0")
+    runs = [(f"a-s{seed}", TINY | {"seed": seed}) for seed in range(3)]
+    study.carry_out("toy", iter(runs[:1]), tmp_path, 1, math.inf, tmp_path)
+    first = study.finished("toy")["a-s0"]
+    assert yaml.safe_load((tmp_path / "toy" / "a-s0.yaml").read_text())["seed"] == 0
+    log = json.loads((tmp_path / "toy" / "a-s0.json").read_text())["log"]
+    grad_norms = [row["grad_norm"] for row in log]
+    assert first["curves"]["grad_norm"] == [pytest.approx([statistics.mean(grad_norms), max(grad_norms)], rel=1e-3)]
+    # What is summed up is not repeated, also where the log itself is gone.
+    (tmp_path / "toy" / "a-s0.json").unlink()
+    study.carry_out("toy", iter(runs), tmp_path, 1, 0.0, tmp_path)
+    assert set(study.finished("toy")) == {"a-s0", "a-s1"}
+    assert not (tmp_path / "toy" / "a-s0.json").exists()
+
+
+def test_a_run_of_its_own_yaml_file_does_not_repeat_itself(cache, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "one.yaml"
+    file.write_text(yaml.safe_dump(TINY | {"arm": "tis"}))
+    monkeypatch.setattr(sys, "argv", ["run.py", str(file), "--cache", str(cache)])
+    run.main()
+    assert json.loads((tmp_path / "one.json").read_text())["settings"]["arm"] == "tis"
+    run.main()
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_a_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+    torch.manual_seed(0)
+    covered = 0
+    for _ in range(200):
+        low, high = figures.interval(torch.randn(12).tolist(), draws=400)
+        covered += low <= 0 <= high
+    assert 0.85 <= covered / 200 <= 0.98
+
+
+def test_the_tables_of_the_results_page_are_those_of_the_committed_results():
+    text = figures.PAGE.read_text()
+    assert figures.with_tables(text) == text
+    assert "<!-- table: " in text
