@@ -211,10 +211,9 @@ def test_the_final_state_is_perturbed_alone_where_a_run_asks_for_it(cache):
 @pytest.mark.slow
 def test_a_study_resumes_sums_up_and_begins_no_run_after_its_time(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
-    monkeypatch.setitem(study.STAGES, "toy", None)
     (tmp_path / "warm-32x2-0.0").symlink_to(cache / "warm-32x2-0.0")
     runs = [(f"a-s{seed}", TINY | {"seed": seed}) for seed in range(3)]
-    study.carry_out("toy", iter(runs[:1]), tmp_path, 1, math.inf, tmp_path)
+    study.carry_out("toy", iter(runs[:1]), tmp_path, 1, math.inf, study.RESULTS)
     first = study.finished("toy")["a-s0"]
     assert yaml.safe_load((tmp_path / "toy" / "a-s0.yaml").read_text())["seed"] == 0
     log = json.loads((tmp_path / "toy" / "a-s0.json").read_text())["log"]
@@ -222,7 +221,7 @@ def test_a_study_resumes_sums_up_and_begins_no_run_after_its_time(cache, tmp_pat
     assert first["curves"]["grad_norm"] == [pytest.approx([statistics.mean(grad_norms), max(grad_norms)], rel=1e-3)]
     # What is summed up is not repeated, also where the log itself is gone.
     (tmp_path / "toy" / "a-s0.json").unlink()
-    study.carry_out("toy", iter(runs), tmp_path, 1, 0.0, tmp_path)
+    study.carry_out("toy", iter(runs), tmp_path, 1, 0.0, study.RESULTS)
     assert set(study.finished("toy")) == {"a-s0", "a-s1"}
     assert not (tmp_path / "toy" / "a-s0.json").exists()
 

@@ -32,7 +32,9 @@ def shake_weights(model: torch.nn.Module, size: float, generator: torch.Generato
     for layer in model.model.layers:
         for weight in layer.parameters():
             if weight.dim() == 2:
-                weight.add_(torch.randn(weight.shape, generator=generator) * weight.std(), alpha=size)
+                weight.add_(
+                    torch.randn(weight.shape, generator=generator, device=weight.device) * weight.std(), alpha=size
+                )
 
 
 class Behaviour:
@@ -42,20 +44,21 @@ class Behaviour:
         numerics (`str`): See the top of this module.
         lag (`int`): How many batches of rollouts old the weights are.
         seed (`int`): Seeds the sampling, the same for every arm.
+        device (`str`, *optional*, defaults to `"cpu"`): The policy's.
     """
 
-    def __init__(self, numerics: str, lag: int, seed: int):
+    def __init__(self, numerics: str, lag: int, seed: int, device: str = "cpu"):
         self.numerics, _, size = numerics.partition("-")
         self.size = float(size or 0)
         self.weights: deque[dict[str, torch.Tensor]] = deque(maxlen=lag + 1)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.copy = self.perturbation = None
 
     @torch.no_grad()
     def sync(self, policy: torch.nn.Module) -> None:
         if self.copy is None:
             # Not `copy.deepcopy`: TRL patches `forward` of the policy, and a copy of that would run the policy itself.
-            self.copy = type(policy)(policy.config).eval()
+            self.copy = type(policy)(policy.config).to(policy.device).eval()
             if self.numerics == "noise":
                 self.perturbation = LayerwisePerturbation(self.copy, sigma_init=self.size, noise_scale="rms")
                 self.copy.register_forward_pre_hook(self._draw_anew)
@@ -72,7 +75,7 @@ class Behaviour:
 
     def _draw_anew(self, *_) -> None:
         # The same seed and shape would give every token of a completion the same noise.
-        self.perturbation.seed = int(torch.randint(2**31, (), generator=self.generator))
+        self.perturbation.seed = int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device))
 
     def __call__(self, prompts: list[str], trainer) -> dict[str, list]:
         self.sync(trainer.model)

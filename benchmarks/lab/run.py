@@ -35,6 +35,7 @@ import yaml
 from arms import build_trainer
 from behaviour import Behaviour
 from datasets import Dataset
+from filelock import FileLock
 from task import MAX_COMPLETION_LENGTH, accuracy, build_problems, is_correct, warm_start
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -57,6 +58,7 @@ DEFAULTS = {
     "eval_problems": 400,
     "size": {"hidden": 96, "layers": 4, "heads": 3},
     "start_accuracy": 0.4,
+    "device": "cpu",  # "cuda": bf16 autocast over fp32 weights
 }
 # Of the log, what the report reads.
 KEPT = ("step", "reward", "grad_norm", "entropy", "completions/mean_length")
@@ -88,7 +90,10 @@ def run(settings: dict, cache: Path) -> dict:
     train, held_out = build_problems()
     size = settings["size"]
     name = f"warm-{size['hidden']}x{size['layers']}-{settings['start_accuracy']}"
-    policy, tokenizer = warm_start(cache / name, size, settings["start_accuracy"])
+    device = settings["device"]
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{name}.lock"):  # the first of several processes makes it
+        policy, tokenizer = warm_start(cache / name, size, settings["start_accuracy"], device)
     set_seed(settings["seed"])
     evaluation = Evaluation(
         policy, tokenizer, held_out[: settings["eval_problems"]], settings["eval_every"], settings["updates"]
@@ -97,7 +102,10 @@ def run(settings: dict, cache: Path) -> dict:
         if settings["numerics"] in FORMATS:
             engine, rollout = colocated(settings["numerics"], policy, tokenizer, Path(served)), None
         else:
-            engine, rollout = nullcontext({}), Behaviour(settings["numerics"], settings["lag"], settings["seed"])
+            engine, rollout = (
+                nullcontext({}),
+                Behaviour(settings["numerics"], settings["lag"], settings["seed"], device),
+            )
         common = {
             "output_dir": folder,
             "per_device_train_batch_size": settings["mini_batch"],
@@ -112,8 +120,8 @@ def run(settings: dict, cache: Path) -> dict:
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
+            "use_cpu": device == "cpu",
+            "bf16": device != "cpu",
             "gradient_checkpointing": False,
             "disable_tqdm": True,
         }

@@ -3,8 +3,10 @@
 The study: many runs of the lab, resumable, in parallel.
 
     python benchmarks/lab/study.py                       # all that is not there yet: hours
-    python benchmarks/lab/study.py --stages tune edge    # some stages
-    python benchmarks/lab/study.py --quick               # ten minutes on 2 cores: the edge, short, four arms, one seed
+    python benchmarks/lab/study.py --stages tune grid    # some stages
+    python benchmarks/lab/study.py --quick               # under ten minutes on 2 cores: the edge, every arm, one seed
+    .venv-vllm/bin/python benchmarks/lab/study.py --stages engine    # vLLM as the behaviour policy
+    python benchmarks/lab/study.py --stages gpu --jobs 4 --hours 0.1 --folder $OUT --results $OUT    # on one GPU
     python benchmarks/lab/figures.py                     # tables and figures of docs/results.md from the results
 
 Each run is a YAML file in `runs/lab/STAGE/` and leaves its log beside it (`run.py`). What is finished is summed up in
@@ -43,12 +45,15 @@ ARMS = ("grpo", "tis", "mis", "bypass_token", "bypass_sequence", "alp_token", "a
 # Where the dials stand. An update always has 32 completions; the rollouts of one batch serve as many updates as the
 # second dial says, so that no dial changes the number of updates, of samples, or the batch of an update.
 POINTS = {
-    "mismatch_edge": {"numerics": "int4", "updates_per_rollout": 8},
-    "stale_edge": {"numerics": "bf16", "updates_per_rollout": 32},
     "healthy": {"numerics": "exact", "updates_per_rollout": 8},
+    "mismatch_edge": {"numerics": "int4", "updates_per_rollout": 8},
     "mismatch_beyond": {"numerics": "int3", "updates_per_rollout": 8},
+    "stale_edge": {"numerics": "bf16", "updates_per_rollout": 32},
     "stale_beyond": {"numerics": "bf16", "updates_per_rollout": 32, "lag": 1},
 }
+TUNED_AT = ("mismatch_edge",)
+# Where the arms part is run first.
+BY_INTEREST = ("mismatch_beyond", "stale_beyond", "mismatch_edge", "healthy", "stale_edge")
 TUNING_SEEDS = (100,)
 SEEDS = (0, 1, 2, 3, 4)
 MONITOR = {"alp_monitor_every": 5}  # not a divisor of the updates per batch: all ages of rollouts are looked at
@@ -72,7 +77,7 @@ def disease() -> Runs:
     mismatch += [{"numerics": f"gauss-{size}", "updates_per_rollout": 8} for size in (0.1, 0.3)]
     stale = [{"numerics": "exact", "updates_per_rollout": u} for u in (1, 4, 16, 32)]
     stale += [{"numerics": "exact", "updates_per_rollout": 8, "lag": lag} for lag in (1, 4)]
-    for point, arm, seed in itertools.product(mismatch + stale, ("grpo", "bypass_token"), SEEDS[:2]):
+    for seed, point, arm in itertools.product(SEEDS[:2], mismatch + stale, ("grpo", "bypass_token")):
         label = f"{point['numerics']}-u{point['updates_per_rollout']}-lag{point.get('lag', 0)}"
         clip = "narrow" if arm == "grpo" else "wide"
         yield f"{label}-{arm}-s{seed}", arm_settings(arm, clip, 1e-4) | point | {"seed": seed}
@@ -82,9 +87,6 @@ def tune() -> Runs:
     """The same grid for every arm, at the edges."""
     for point, arm, clip, rate, seed in itertools.product(TUNED_AT, ARMS, CLIPS, RATES, TUNING_SEEDS):
         yield f"{point}-{arm}-{clip}-{rate:g}-s{seed}", arm_settings(arm, clip, rate) | POINTS[point] | {"seed": seed}
-
-
-TUNED_AT = ("mismatch_edge",)
 
 
 def choices() -> dict[str, tuple[str, float]]:
@@ -107,7 +109,7 @@ def choices() -> dict[str, tuple[str, float]]:
 def grid() -> Runs:
     """Every arm at its best settings, at every point of the dials, on fresh seeds."""
     best = choices()
-    for point, seed, arm in itertools.product(POINTS, SEEDS, ARMS):
+    for point, seed, arm in itertools.product(BY_INTEREST, SEEDS, ARMS):
         clip, rate = best[arm]
         yield f"{point}-{arm}-s{seed}", arm_settings(arm, clip, rate) | POINTS[point] | {"seed": seed}
 
@@ -145,12 +147,32 @@ def ablation() -> Runs:
 
 
 def quick() -> Runs:
-    for arm in ("grpo", "tis", "bypass_token", "alp_token"):
-        clip = "narrow" if arm in ("grpo", "tis") else "wide"
-        yield f"{arm}-s0", arm_settings(arm, clip, 1e-4) | POINTS["mismatch_edge"] | {"updates": 200}
+    """Every arm at a learning rate that is too high for most of them, at the edge of the mismatch dial."""
+    for arm in ARMS:
+        clip = "narrow" if arm in ("grpo", "tis", "mis") else "wide"
+        yield f"{arm}-s0", arm_settings(arm, clip, 1e-4) | POINTS["mismatch_edge"]
+
+
+def gpu() -> Runs:
+    """The edge once more, at 34 million parameters in bf16; a run takes a minute or two, so that pieces of 8 fit."""
+    larger = {"size": {"hidden": 512, "layers": 8, "heads": 8}, "device": "cuda"}
+    for seed, arm in itertools.product(SEEDS[:3], ARMS):
+        clip, rate = choices()[arm]
+        yield f"{arm}-s{seed}", arm_settings(arm, clip, rate / 4) | POINTS["mismatch_edge"] | larger | {"seed": seed}
+
+
+def engine() -> Runs:
+    """vLLM itself as the behaviour policy, in three number formats (needs the environment of `make test-vllm`)."""
+    formats, arms = ("vllm-fp32", "vllm-bf16", "vllm-bf16-fp8kv"), ("grpo", "tis", "bypass_token", "alp_token")
+    for seed, numerics, arm in itertools.product(SEEDS[:2], formats, arms):
+        clip, rate = choices()[arm]
+        point = {"numerics": numerics, "updates_per_rollout": 8, "seed": seed}
+        yield f"{numerics}-{arm}-s{seed}", arm_settings(arm, clip, rate) | point
 
 
 STAGES = {stage.__name__: stage for stage in (disease, tune, grid, ablation)}
+# With needs of their own, so to be asked for by name.
+FURTHER_STAGES = {"engine": engine, "gpu": gpu}
 
 
 # ---- Results ----
@@ -192,15 +214,16 @@ def finished(stage: str) -> dict[str, dict]:
     return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
 
 
-def sum_up(stage: str, folder: Path) -> None:
+def sum_up(stage: str, folder: Path, results: Path) -> None:
+    """Add the finished runs in `folder` to what was summed up before, and write it to `results`."""
     rows = finished(stage)
     for path in sorted((folder / stage).glob("*.json")):
         if path.stem not in rows:
             rows[path.stem] = summed_up(json.loads(path.read_text()))
     if rows:
-        RESULTS.mkdir(parents=True, exist_ok=True)
+        results.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dict(sorted(rows.items())))
-        (RESULTS / f"{stage}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+        (results / f"{stage}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 # ---- Running ----
@@ -222,9 +245,9 @@ def one(file: Path, cache: Path) -> float:
     return final(result)
 
 
-def carry_out(stage: str, runs: Runs, folder: Path, jobs: int, deadline: float, cache: Path) -> None:
-    """Do the runs of a stage that are not there yet, until the time is up."""
-    known, files = finished(stage), []
+def carry_out(stage: str, runs: Runs, folder: Path, jobs: int, deadline: float, results: Path | None) -> None:
+    """Do the runs of a stage that are not there yet, until the time is up, and sum up into `results`."""
+    known, files = finished(stage) if results else {}, []
     (folder / stage).mkdir(parents=True, exist_ok=True)
     for name, settings in runs:
         file = folder / stage / f"{name}.yaml"
@@ -234,7 +257,7 @@ def carry_out(stage: str, runs: Runs, folder: Path, jobs: int, deadline: float, 
     print(f"{stage}: {len(files)} runs to do", flush=True)
     start, waiting = time.time(), iter(files)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(one, file, cache): file for file in itertools.islice(waiting, jobs)}
+        running = {pool.submit(one, file, folder): file for file in itertools.islice(waiting, jobs)}
         done = 0
         while running:
             future = next(as_completed(running))
@@ -244,23 +267,31 @@ def carry_out(stage: str, runs: Runs, folder: Path, jobs: int, deadline: float, 
             left = (time.time() - start) / done * (len(files) - done) / 60
             print(f"{stage} {done}/{len(files)} {file.stem}: {outcome} ({left:.0f} min left)", flush=True)
             if time.time() < deadline and (following := next(waiting, None)) is not None:
-                running[pool.submit(one, following, cache)] = following
-    if stage in STAGES:
-        sum_up(stage, folder)
+                running[pool.submit(one, following, folder)] = following
+    if results is not None:
+        sum_up(stage, folder, results)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES, *FURTHER_STAGES], default=list(STAGES))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after this time")
-    parser.add_argument("--folder", type=Path, default=Path("runs/lab"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/lab"), help="for runs, and the warm-started model")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where finished runs are summed up")
     options = parser.parse_args()
     deadline = time.time() + 3600 * options.hours
-    stages = {"quick": quick} if options.quick else {name: STAGES[name] for name in options.stages}
-    for name, runs in stages.items():
-        carry_out(name, runs(), options.folder, options.jobs, deadline, options.folder)
+    if options.quick:
+        carry_out("quick", quick(), options.folder, options.jobs, deadline, results=None)
+        for file in sorted((options.folder / "quick").glob("*.json")):
+            values = [value for _, value in json.loads(file.read_text())["accuracy"]]
+            print(
+                f"{file.stem:20s} {values[0]:.3f} to {values[-1]:.3f}, between {min(values):.3f} and {max(values):.3f}"
+            )
+        return
+    for name in options.stages:
+        carry_out(name, (STAGES | FURTHER_STAGES)[name](), options.folder, options.jobs, deadline, options.results)
 
 
 if __name__ == "__main__":

@@ -81,13 +81,14 @@ def sample(
         model: A causal language model, in any number format.
         prompt_ids (`torch.Tensor` of shape `(B, P)`): Prompts without padding.
         eos (`int`): Id of the token that ends a completion.
-        generator (`torch.Generator`): Source of all randomness.
+        generator (`torch.Generator`): Source of all randomness, on the model's device.
 
     Returns:
         Completion ids, the end of sequence included, and their log-probs in nats, for each prompt.
     """
     cache, tokens, logprobs = DynamicCache(config=model.config), [], []
-    step, finished = prompt_ids, torch.zeros(len(prompt_ids), dtype=torch.bool)
+    step = prompt_ids.to(generator.device)
+    finished = torch.zeros_like(step[:, 0], dtype=torch.bool)
     while len(tokens) < MAX_COMPLETION_LENGTH and not finished.all():
         logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         scores = logits.log_softmax(-1)  # (B, V)
@@ -106,27 +107,31 @@ def accuracy(model, tokenizer, problems: list[dict], greedy: bool = False, seed:
     was_training = model.training
     model.eval()
     prompt_ids = tokenizer([problem["prompt"] for problem in problems], return_tensors="pt")["input_ids"]
-    ids, _ = sample(model, prompt_ids, tokenizer.eos_token_id, torch.Generator().manual_seed(seed), greedy)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    ids, _ = sample(model, prompt_ids, tokenizer.eos_token_id, generator, greedy)
     model.train(was_training)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return sum(is_correct(texts, [problem["answer"] for problem in problems])) / len(problems)
 
 
-def warm_start(folder: Path, size: dict[str, int], target: float) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+def warm_start(
+    folder: Path, size: dict[str, int], target: float, device: str = "cpu"
+) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
     """The model that all runs start from: imitation until `target` of the held-out problems are right; cached."""
     tokenizer = build_tokenizer()
     if (folder / "config.json").exists():
-        return Qwen2ForCausalLM.from_pretrained(folder), tokenizer
+        return Qwen2ForCausalLM.from_pretrained(folder).to(device), tokenizer
     torch.manual_seed(0)
-    model = build_model(tokenizer, size)
+    model = build_model(tokenizer, size).to(device)
     train, held_out = build_problems()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    rate = 1e-3 * min(1, 96 / size["hidden"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     draw = random.Random(1)
     model.train()
     for step in range(4000):
         rows = [draw.choice(train) for _ in range(128)]
         texts = [row["prompt"] + row["worked"] + "<eos>" for row in rows]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(device)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         labels[:, :PROMPT_LENGTH] = -100
         loss = model(**batch, labels=labels).loss
