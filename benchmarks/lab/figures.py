@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-from study import ARMS, POINTS, ROOT, choices, final, finished
+from study import ARMS, CLIPS, POINTS, RATES, ROOT, choices, final, finished
 
 
 matplotlib.use("Agg")
@@ -238,6 +238,29 @@ def draw_grid(path: Path) -> None:
     plt.close(figure)
 
 
+def draw_tune(path: Path) -> None:
+    """Final accuracy against the learning rate, for each arm and clip range."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    for axis, (clip, bounds) in zip(axes, CLIPS.items(), strict=True):
+        for arm in ARMS:
+            finals: dict[float, list[float]] = {}
+            for row in finished("tune").values():
+                s = row["settings"]
+                if s["arm"] == arm and s["overrides"]["epsilon"] == bounds["epsilon"]:
+                    finals.setdefault(s["learning_rate"], []).append(final(row))
+            means = [(rate, statistics.fmean(values)) for rate, values in sorted(finals.items())]
+            axis.plot(*zip(*means, strict=True), "o-", color=COLOURS[arm], label=arm)
+        low, high = bounds.values()
+        axis.set(title=f"clip range {clip}: {1 - low:g} to {1 + high:g}", xlabel="learning rate", xscale="log")
+        axis.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("final accuracy")
+    axes[1].legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def draw_disease(path: Path) -> None:
     """Runs of Bypass over time, as the mismatch dial turns."""
     panels = (
@@ -304,6 +327,8 @@ def main() -> None:
     if parser.parse_args().check:
         sys.exit(0 if with_tables(text) == text else f"{PAGE.name} has other tables than the results; run figures.py")
     PAGE.write_text(with_tables(text))
+    if finished("tune"):
+        draw_tune(ASSETS / "lab_tune.png")
     if finished("disease"):
         draw_disease(ASSETS / "lab_disease.png")
     if groups := by_point_and_arm():
