@@ -509,11 +509,13 @@ def test_it_needs_no_vllm(saved):
 DOCS = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text()
 
 
-def test_python_of_the_docs_runs(saved, capsys):
+def test_python_of_the_docs_runs_and_draws(saved, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     first, inside_a_run = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
     TOKENIZER.save_pretrained(saved / "now")
     exec(first.replace("Qwen/Qwen2.5-0.5B-Instruct", str(saved / "now")), {})
     assert "mean |p - q|" in capsys.readouterr().out
+    assert (tmp_path / "doctor.png").read_bytes().startswith(b"\x89PNG")
     compile(inside_a_run, "docs/doctor.md", "exec")  # tests/engine/test_doctor_on_vllm.py runs its like
 
 
