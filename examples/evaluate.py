@@ -16,6 +16,7 @@ the first are also compared with it, problem by problem. With transformers a see
 """
 
 import argparse
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -213,7 +214,10 @@ def main(arguments: list[str] | None = None) -> dict:
     if not all(1 <= k <= options.samples for k in options.k):
         parser.error(f"--k {options.k} must be between 1 and --samples {options.samples}.")
 
-    by_model = [evaluate(model, options) for model in options.models]
+    by_model = []
+    for model in options.models:
+        by_model.append(evaluate(model, options))
+        gc.collect()  # a vLLM engine gives its memory back before the next one asks for it
     results = [result for dataset in zip(*by_model, strict=True) for result in dataset]
     first, *others = by_model
     differences = [compare(*pair, options) for other in others for pair in zip(first, other, strict=True)]
