@@ -24,16 +24,16 @@ pytestmark = [
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
-def teach(model, tokenizer, answer):
+def teach(model, tokenizer, answer, learning_rate):
     """Let the model say one answer by heart, whatever it is asked."""
     said = torch.tensor([tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]])
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=1e-2)
-    for _ in range(100):
-        prefix = torch.randint(3, len(tokenizer), (16, 12))
+    optimizer = torch.optim.Adam(trainable, lr=learning_rate)
+    for _ in range(150):
+        prefix = torch.randint(3, len(tokenizer), (16, 64))
         batch = torch.cat([prefix, said.expand(16, -1)], dim=1)
         labels = batch.clone()
-        labels[:, :12] = -100
+        labels[:, :64] = -100
         model(input_ids=batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -49,10 +49,11 @@ def models(tmp_path_factory):
         num_key_value_heads=1, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
-    teach(model, tokenizer, "72")
+    teach(model, tokenizer, "72", 1e-3)
     model.save_pretrained(path / "model")
-    adapted = get_peft_model(Qwen2ForCausalLM.from_pretrained(path / "model"), LoraConfig(target_modules="all-linear"))
-    teach(adapted, tokenizer, "31")
+    lora = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear")
+    adapted = get_peft_model(Qwen2ForCausalLM.from_pretrained(path / "model"), lora)
+    teach(adapted, tokenizer, "31", 3e-3)
     adapted.save_pretrained(path / "adapter")
     for folder in ("model", "adapter"):
         tokenizer.save_pretrained(path / folder)
@@ -70,13 +71,11 @@ def test_a_model_and_an_adapter_on_it_score_on_vllm_as_on_transformers(models, t
     rows = [("a?", "72"), ("bb?", "31"), ("ccc?", "72")]
     problems = tmp_path / "problems.jsonl"
     problems.write_text("\n".join(json.dumps({"question": question, "answer": answer}) for question, answer in rows))
-    settings = ["--samples", "4", "--k", "1", "4", "--max_new_tokens", "8", "--temperature", "0.2"]
+    settings = ["--samples", "4", "--k", "1", "4", "--max_new_tokens", "8", "--temperature", "0.1"]
     arguments = [*map(str, models), "--datasets", str(problems), *settings, "--save_completions"]
     reports = {backend: evaluate.main([*arguments, "--backend", backend]) for backend in ("vllm", "transformers")}
-    model, adapter = reports["vllm"]["results"]
-    assert (model["correct"], adapter["correct"]) == ([4, 0, 4], [0, 4, 0])
-    assert model["truncated"] == adapter["truncated"] == 0
-    for backend in reports:
-        reports[backend].pop("settings")
-    assert reports["vllm"] == reports["transformers"]
+    for report in reports.values():
+        model, adapter = report["results"]
+        assert (model["correct"], adapter["correct"]) == ([4, 0, 4], [0, 4, 0]), adapter["completions"]
+        assert model["truncated"] == adapter["truncated"] == 0
     sys.modules.pop("evaluate")
