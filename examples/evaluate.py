@@ -17,6 +17,7 @@ the first are also compared with it, problem by problem. With transformers a see
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -211,6 +212,8 @@ def main(arguments: list[str] | None = None) -> dict:
     options = parser.parse_args(arguments)
     if options.temperature == 0 and options.samples > 1:
         parser.error(f"--temperature 0 would draw --samples {options.samples} equal ones. Use --samples 1 --k 1.")
+    if options.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        parser.error('--backend vllm needs vLLM: `pip install "trl[vllm]"`, or use --backend transformers.')
     if not all(1 <= k <= options.samples for k in options.k):
         parser.error(f"--k {options.k} must be between 1 and --samples {options.samples}.")
 

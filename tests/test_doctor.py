@@ -495,13 +495,14 @@ def test_what_an_engine_may_not_return_is_told(prompts, rows, message):
         run(tiny.model(), Faulty(engine, sample=lambda *_: rows), prompts)
 
 
-def test_it_needs_no_vllm(saved):
+def test_it_needs_no_vllm(saved, capsys):
     with contextlib.suppress(ImportError):
         import vllm  # noqa: F401
 
         pytest.skip("vLLM is installed here")
     assert command(saved / "now") == 0
     assert doctor.main([str(saved / "now"), "--engine", "vllm", "--device", "cpu"]) == 2
+    assert 'pip install "trl[vllm]"' in capsys.readouterr().err
 
 
 # ---- docs/doctor.md ----

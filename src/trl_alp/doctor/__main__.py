@@ -192,7 +192,12 @@ def _engine(args: argparse.Namespace, model: torch.nn.Module, device: str) -> En
         # Without a path of its own the engine has the training model's weights, adapter and all.
         copy = load_model(path, dtype, device=device) if args.engine_model else plain_copy(model, dtype)
         return TransformersEngine(copy, AutoTokenizer.from_pretrained(path), args.logprobs_mode)
-    from vllm import LLM
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ImportError(
+            f'--engine vllm: {error}. `pip install "trl[vllm]"`, or examine another engine: `--engine transformers`.'
+        ) from error
 
     options = {"kv_cache_dtype": args.kv_cache_dtype, "logprobs_mode": args.logprobs_mode, "seed": args.seed}
     llm = LLM(path, dtype=args.engine_dtype or "auto", **options | json.loads(args.vllm_options))
