@@ -27,6 +27,7 @@ SECTIONS = {
     "Measuring": [trl_alp.mismatch.MismatchMeter, trl_alp.mismatch.Mismatch, trl_alp.instruments.Instruments],
     "The doctor": [
         trl_alp.doctor.diagnose,
+        trl_alp.doctor.draw,
         trl_alp.doctor.Diagnosis,
         trl_alp.doctor.Engine,
         trl_alp.doctor.GenerationSetting,

@@ -16,6 +16,8 @@ the first are also compared with it, problem by problem. With transformers a see
 """
 
 import argparse
+import gc
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -210,10 +212,15 @@ def main(arguments: list[str] | None = None) -> dict:
     options = parser.parse_args(arguments)
     if options.temperature == 0 and options.samples > 1:
         parser.error(f"--temperature 0 would draw --samples {options.samples} equal ones. Use --samples 1 --k 1.")
+    if options.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        parser.error('--backend vllm needs vLLM: `pip install "trl[vllm]"`, or use --backend transformers.')
     if not all(1 <= k <= options.samples for k in options.k):
         parser.error(f"--k {options.k} must be between 1 and --samples {options.samples}.")
 
-    by_model = [evaluate(model, options) for model in options.models]
+    by_model = []
+    for model in options.models:
+        by_model.append(evaluate(model, options))
+        gc.collect()  # a vLLM engine gives its memory back before the next one asks for it
     results = [result for dataset in zip(*by_model, strict=True) for result in dataset]
     first, *others = by_model
     differences = [compare(*pair, options) for other in others for pair in zip(first, other, strict=True)]

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import warnings
 from pathlib import Path
 
 
@@ -40,6 +41,7 @@ from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
 
 matplotlib.use("Agg")
 logging.set_verbosity_error()
+warnings.simplefilter("ignore", FutureWarning)  # transformers on its own future
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

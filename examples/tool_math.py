@@ -2,12 +2,12 @@
 r"""
 Train a chat model with ALP-GRPO to solve math problems with a Python tool, over several turns.
 
-The paper's multi-turn setting, on 8 GPUs:
+The paper's multi-turn setting, on 8 GPUs (`pip install ".[examples]" "trl[vllm]" deepspeed` in a clone):
 
-    accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml examples/tool_math.py \
+    accelerate launch --config_file examples/accelerate_configs/zero3.yaml examples/tool_math.py \
         --config examples/configs/tool_math.yaml
 
-The same on one GPU with LoRA and plain generation, on GSM8K:
+On one GPU of 24 GB, with LoRA and plain generation, on GSM8K:
 
     accelerate launch examples/tool_math.py \
         --config examples/configs/tool_math.yaml --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \

@@ -9,9 +9,9 @@ One GPU, LoRA, generation by transformers:
         --use_peft --lora_target_modules all-linear --lora_dropout 0 --learning_rate 1e-5 \
         --output_dir qwen2.5-0.5b-gsm8k-alp
 
-Generation by vLLM on the same GPU: add `--use_vllm --vllm_mode colocate` (`pip install "trl[vllm]"`). Options can
-also stand in a YAML file (`--config FILE`, recipes in `examples/configs/`); what the command line says goes before it.
-`--help` lists them all.
+It needs `pip install ".[examples]"` in a clone (`math-verify`, and `peft` for LoRA). Generation by vLLM on the same
+GPU: add `--use_vllm --vllm_mode colocate` (`pip install "trl[vllm]"`). Options can also stand in a YAML file
+(`--config FILE`, recipes in `examples/`); what the command line says goes before it. `--help` lists them all.
 
 `--trainer grpo` trains with TRL's own `GRPOTrainer`, on a `GRPOConfig` and with ALP's instruments: for baselines such
 as GRPO, GSPO, TIS and MIS. (Bypass, ALP without the noise, is `--alp_enabled false`.)

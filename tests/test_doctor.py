@@ -495,13 +495,14 @@ def test_what_an_engine_may_not_return_is_told(prompts, rows, message):
         run(tiny.model(), Faulty(engine, sample=lambda *_: rows), prompts)
 
 
-def test_it_needs_no_vllm(saved):
+def test_it_needs_no_vllm(saved, capsys):
     with contextlib.suppress(ImportError):
         import vllm  # noqa: F401
 
         pytest.skip("vLLM is installed here")
     assert command(saved / "now") == 0
     assert doctor.main([str(saved / "now"), "--engine", "vllm", "--device", "cpu"]) == 2
+    assert 'pip install "trl[vllm]"' in capsys.readouterr().err
 
 
 # ---- docs/doctor.md ----
@@ -509,11 +510,13 @@ def test_it_needs_no_vllm(saved):
 DOCS = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text()
 
 
-def test_python_of_the_docs_runs(saved, capsys):
+def test_python_of_the_docs_runs_and_draws(saved, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     first, inside_a_run = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
     TOKENIZER.save_pretrained(saved / "now")
     exec(first.replace("Qwen/Qwen2.5-0.5B-Instruct", str(saved / "now")), {})
     assert "mean |p - q|" in capsys.readouterr().out
+    assert (tmp_path / "doctor.png").read_bytes().startswith(b"\x89PNG")
     compile(inside_a_run, "docs/doctor.md", "exec")  # tests/engine/test_doctor_on_vllm.py runs its like
 
 

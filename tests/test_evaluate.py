@@ -215,9 +215,11 @@ def test_a_model_without_chat_template_is_asked_in_plain_text(script, language_m
     [
         (["--temperature", "0"], "--temperature 0 would draw --samples 8 equal ones"),
         (["--samples", "4", "--k", "8"], "--k [8] must be between 1 and --samples 4"),
+        (["--backend", "vllm"], "--backend vllm needs vLLM"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_errors_before_a_model_is_loaded(script, options, said, capsys):
+def test_settings_that_cannot_be_meant_are_errors_before_a_model_is_loaded(script, options, said, capsys, monkeypatch):
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)  # nor is vLLM here
     with pytest.raises(SystemExit):
         script.main(["nowhere", *options])
     assert said in capsys.readouterr().err

@@ -179,12 +179,16 @@ def test_the_papers_settings_in_the_docs_are_valid(tmp_path, monkeypatch):
 
     import trl_alp
 
-    config = functools.partial(trl_alp.ALPGRPOConfig, use_cpu=True, per_device_train_batch_size=16)
+    config = functools.partial(trl_alp.ALPGRPOConfig, use_cpu=True)
     monkeypatch.setattr(trl_alp, "ALPGRPOConfig", config)
     scope = {}
     for block in python_blocks("docs/method.md"):
         exec(block, scope)
     assert scope["single_turn"].alp_sigma_init == 0.02 and scope["multi_turn"].alp_dual_clip == 3.0
+    for args, prompts in ((scope["single_turn"], 512), (scope["multi_turn"], 128)):
+        micro_batch = 8 * args.per_device_train_batch_size  # on 8 GPUs
+        assert micro_batch * args.gradient_accumulation_steps == 32 * args.num_generations
+        assert micro_batch * args.steps_per_generation == prompts * args.num_generations
 
 
 @pytest.mark.slow
@@ -202,6 +206,6 @@ def test_the_api_page_is_that_of_the_docstrings():
 
 
 def test_links_between_the_documents_lead_somewhere():
-    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]:
         for link in re.findall(r"\]\(((?!http)[^)#]+)", document.read_text()):
             assert (document.parent / link).exists(), f"{document.name}: {link}"

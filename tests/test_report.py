@@ -6,6 +6,7 @@ import random
 import re
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -299,3 +300,15 @@ def test_fifty_runs_are_drawn_and_stay_a_page(tmp_path):
     facets = text[text.index('<figure id="ratio_token"') :]
     assert float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', facets)[1]) < 4 * 210 + 10  # points, in rows of three
     assert len(text) < 20e6
+
+
+def test_the_command_of_the_docs_makes_a_page_of_two_settings_with_two_seeds(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    (words,) = map(str.split, re.findall(r"^python -m trl_alp.report (.*)$", text, re.MULTILINE))
+    runs, output = words[: words.index("--output")], words[-1]
+    for run in runs:
+        fabricate(tmp_path / run, stock(log()))
+    monkeypatch.chdir(tmp_path)
+    main(words)
+    page = (tmp_path / output / "index.html").read_text()
+    assert "2 settings" in page and page.count("mean of 2 seeds") == 2

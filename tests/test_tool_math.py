@@ -223,10 +223,10 @@ def test_the_reward_is_of_the_final_answer_and_none_for_void_turns(script, turns
     assert script.tool_math_reward([turns], ["72"]) == [reward]
 
 
-def test_the_configuration_is_the_papers_multi_turn_setting(script):
+def test_the_configuration_is_the_papers_multi_turn_setting_but_for_the_noise(script):
     _, training_args, model_args = parse(script, use_cpu="true", bf16="false", use_vllm="false")
     paper = {
-        "alp_ratio_level": "sequence", "alp_noise_scale": "absolute", "alp_sigma_init": 1e-6, "alp_sigma_lr": 5e-4,
+        "alp_ratio_level": "sequence", "alp_noise_scale": "rms", "alp_sigma_init": 1e-3, "alp_sigma_lr": 5e-4,
         "epsilon": 0.5, "epsilon_high": 3.0, "alp_dual_clip": 3.0, "beta": 0.0, "learning_rate": 1e-6,
         "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "num_generations": 16, "loss_type": "dapo",
         "temperature": 1.0, "max_completion_length": 8000, "max_tool_calling_iterations": 4,

@@ -31,7 +31,7 @@ try:
     import matplotlib
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise ImportError('The report needs matplotlib: `pip install "trl_alp[report]"`.') from error
+    raise ImportError("The report needs matplotlib: `pip install matplotlib`.") from error
 
 _SEED = re.compile(r"[-_./ ]+seed[-_=]?\d+$", re.IGNORECASE)
 # Okabe and Ito's palette without its yellow and black, which vanish on a white and on a dark page.

@@ -30,6 +30,7 @@ from .engines import (
     load_model,
     plain_copy,
 )
+from .figure import draw
 
 
 DEFAULT_PROMPTS = (
@@ -148,44 +149,6 @@ def _table(head: Sequence[str], rows: list[Sequence]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
-def draw(diagnosis: Diagnosis, path: str | Path) -> None:
-    """
-    Draw the gap before and after the findings are removed: log-probs against each other, by position, by probability.
-
-    Args:
-        diagnosis ([`Diagnosis`]):
-            What to draw.
-        path (`str` or `Path`):
-            Where to write the PNG.
-    """
-    from matplotlib.figure import Figure
-
-    tokens = diagnosis.tokens
-    trainer, engine, explained = tokens["trainer"], tokens["engine"], tokens["explained"]
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    figure.suptitle(diagnosis.verdict.split(". ")[0], fontsize=10)
-    scatter, position, probability = figure.subplots(1, 3)
-    scatter.plot(engine, trainer, ".", ms=2, alpha=0.5, label="as it is")
-    if diagnosis.findings:
-        scatter.plot(engine, explained, ".", ms=2, alpha=0.5, label="with the findings removed")
-    low = float(torch.minimum(engine, trainer).clamp(min=-20).min())
-    scatter.plot([low, 0], [low, 0], "k", lw=0.5)
-    scatter.set(xlabel="log-prob of the engine, q", ylabel="log-prob of the trainer, p", xlim=(low, 0), ylim=(low, 0))
-    scatter.legend(loc="upper left", fontsize=8)
-    for axis, rows, name, label in (
-        (position, diagnosis.by_position, lambda row: f"{row['from']}-{row['to']}", "position in the completion"),
-        (probability, diagnosis.by_probability, lambda row: f"{row['above']:g}-", "probability under the engine"),
-    ):
-        ticks = range(len(rows))
-        axis.fill_between(ticks, [row["p02"] for row in rows], [row["p98"] for row in rows], alpha=0.3, label="P2-P98")
-        axis.plot(ticks, [row["p50"] for row in rows], "o-", ms=3, label="median")
-        axis.axhline(0, color="k", lw=0.5)
-        axis.set_xticks(list(ticks), [name(row) for row in rows], rotation=45, fontsize=8)
-        axis.set(xlabel=label, ylabel="p - q, nats")
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
 def _run(args: argparse.Namespace) -> Diagnosis:
     setting = GenerationSetting(
         args.temperature, args.top_p, args.top_k, args.min_p, args.repetition_penalty, args.max_tokens
@@ -229,7 +192,12 @@ def _engine(args: argparse.Namespace, model: torch.nn.Module, device: str) -> En
         # Without a path of its own the engine has the training model's weights, adapter and all.
         copy = load_model(path, dtype, device=device) if args.engine_model else plain_copy(model, dtype)
         return TransformersEngine(copy, AutoTokenizer.from_pretrained(path), args.logprobs_mode)
-    from vllm import LLM
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ImportError(
+            f'--engine vllm: {error}. `pip install "trl[vllm]"`, or examine another engine: `--engine transformers`.'
+        ) from error
 
     options = {"kv_cache_dtype": args.kv_cache_dtype, "logprobs_mode": args.logprobs_mode, "seed": args.seed}
     llm = LLM(path, dtype=args.engine_dtype or "auto", **options | json.loads(args.vllm_options))
