@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -223,6 +225,27 @@ def test_an_alp_trainer_has_its_instruments_already(tmp_path):
 def test_other_trainers_are_refused_with_the_reason():
     with pytest.raises(ValueError, match="got a object; it reads the importance ratio of a `GRPOTrainer`"):
         instrument(object())
+
+
+def test_log_probs_that_fsdp2_would_round_are_warned_about_with_the_documented_way_out(tmp_path, monkeypatch, caplog):
+    trainer = stock(tmp_path)
+    policy = torch.distributed.fsdp.MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16)
+    plugin = SimpleNamespace(mixed_precision_policy=policy)
+    monkeypatch.setitem(vars(trainer.accelerator.state), "fsdp_plugin", plugin)
+    instrument(trainer)
+    assert caplog.text.count("casts what the model returns to output_dtype=torch.bfloat16") == 1
+    assert f"`{plugin_lines()[1]}`" in caplog.text
+    caplog.clear()
+    exec("\n".join(["import dataclasses, torch", *plugin_lines()]), {"trainer": trainer})
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+    del trainer.instruments
+    instrument(trainer)
+    assert "output_dtype" not in caplog.text
+
+
+def plugin_lines() -> list[str]:
+    text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    return re.findall(r"^plugin.*$", text, re.MULTILINE)
 
 
 def test_evaluation_in_between_is_not_measured(tmp_path):

@@ -509,6 +509,7 @@ def test_fsdp2_in_bf16_rounds_the_log_probs(tmp_path, language_model):
             assert process.wait(240) == 0, (tmp_path / "log").read_text()[-4000:]
         finally:
             process.kill()
+    assert "they come in steps of 1/32 in bf16" in (tmp_path / "log").read_text()
     row = json.loads((tmp_path / "alp" / "metrics.jsonl").read_text().splitlines()[0])
     extremes = row["alp/log_ratio/min"], row["alp/log_ratio/max"]
     assert extremes[0] < 0 < extremes[1]

@@ -496,7 +496,7 @@ class ALPGRPOTrainer(GRPOTrainer):
                 f"{sigma.max():.3g} (alp_noise_scale={self.args.alp_noise_scale!r}), less than {_INERT_NOISE:.0%} of "
                 f"it reaches the input of the layers {[self.perturbation.layer_indices[i] for i in inert]}. Raise "
                 "`alp_sigma_init` (and `alp_sigma_min`), use `alp_noise_scale='rms'`, or train with fp32 weights and "
-                "bf16 autocast, which keep the residual stream in fp32."
+                "bf16 autocast on one GPU or under DDP, which keep the residual stream in fp32."
             )
         return metrics
 
@@ -576,6 +576,15 @@ class _Instrumentation(TrainerCallback):
 
 
 def _instruments(trainer: GRPOTrainer, level: str, perturbed: bool) -> Instruments:
+    policy = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+    if getattr(policy, "output_dtype", None) in (torch.bfloat16, torch.float16):
+        logger.warning(
+            f"FSDP2 casts what the model returns to output_dtype={policy.output_dtype}, TRL's log-probs included: "
+            "near -6 they come in steps of 1/32 in bf16, a mismatch of its own. Train with DeepSpeed ZeRO-3, which "
+            "does not, or before `train()` set `plugin.mixed_precision_policy = dataclasses.replace("
+            "plugin.mixed_precision_policy, output_dtype=torch.float32)` for `plugin = "
+            "trainer.accelerator.state.fsdp_plugin`."
+        )
     # TRL's own sequence level makes the geometric mean of the token ratios.
     level = "sequence_geometric" if trainer.importance_sampling_level == "sequence" else level
     return Instruments(trainer.accelerator, trainer.args.output_dir, trainer.args.report_to, level, perturbed)
