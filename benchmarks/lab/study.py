@@ -77,7 +77,7 @@ def disease() -> Runs:
     mismatch += [{"numerics": f"gauss-{size}", "updates_per_rollout": 8} for size in (0.1, 0.3)]
     stale = [{"numerics": "exact", "updates_per_rollout": u} for u in (1, 4, 16, 32)]
     stale += [{"numerics": "exact", "updates_per_rollout": 8, "lag": lag} for lag in (1, 4)]
-    for seed, point, arm in itertools.product(SEEDS[:2], mismatch + stale, ("grpo", "bypass_token")):
+    for seed, arm, point in itertools.product(SEEDS[:2], ("bypass_token", "grpo"), mismatch + stale):
         label = f"{point['numerics']}-u{point['updates_per_rollout']}-lag{point.get('lag', 0)}"
         clip = "narrow" if arm == "grpo" else "wide"
         yield f"{label}-{arm}-s{seed}", arm_settings(arm, clip, 1e-4) | point | {"seed": seed}
