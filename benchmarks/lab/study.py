@@ -80,7 +80,7 @@ def disease() -> Runs:
     for seed, arm, point in itertools.product(SEEDS[:2], ("bypass_token", "grpo"), mismatch + stale):
         label = f"{point['numerics']}-u{point['updates_per_rollout']}-lag{point.get('lag', 0)}"
         clip = "narrow" if arm == "grpo" else "wide"
-        yield f"{label}-{arm}-s{seed}", arm_settings(arm, clip, 1e-4) | point | {"seed": seed}
+        yield f"{label}-{arm}-s{seed}", arm_settings(arm, clip, 5e-5) | point | {"seed": seed}
 
 
 def tune() -> Runs:
