@@ -23,6 +23,7 @@ matplotlib.use("Agg")
 PAGE = ROOT / "docs" / "results.md"
 ASSETS = ROOT / "docs" / "assets"
 COLOURS = dict(zip(ARMS, plt.get_cmap("tab10").colors, strict=False))
+WITHOUT_NOISE = {"alp_token": "bypass_token", "alp_sequence": "bypass_sequence", "alp_tis": "tis"}
 # A run has collapsed if it ends below half of the best accuracy it had.
 COLLAPSED = 0.5
 
@@ -82,6 +83,11 @@ def with_interval(rows: list[dict]) -> str:
     values = [final(row) for row in rows]
     low, high = interval(values)
     return f"{statistics.fmean(values):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def gain(differences: list[float]) -> str:
+    low, high = interval(differences)
+    return f"{statistics.fmean(differences):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def disease_table() -> str:
@@ -169,18 +175,37 @@ def paired_table() -> str:
     """ALP minus the same arm without noise, run by run: same point, same seed, each at its own best settings."""
     groups, lines = by_point_and_arm(), []
     for point in POINTS:
-        for noisy, plain in (("alp_token", "bypass_token"), ("alp_sequence", "bypass_sequence"), ("alp_tis", "tis")):
+        for noisy, plain in WITHOUT_NOISE.items():
             seeds = [{row["settings"]["seed"]: row for row in groups.get((point, arm), [])} for arm in (noisy, plain)]
-            shared = sorted(seeds[0].keys() & seeds[1].keys())
-            if shared:
-                gains = [final(seeds[0][s]) - final(seeds[1][s]) for s in shared]
-                low, high = interval(gains)
-                wins = sum(gain > 0 for gain in gains)
-                mean = statistics.fmean(gains)
-                lines.append(
-                    [point, f"{noisy} - {plain}", f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", f"{wins} of {len(gains)}"]
-                )
+            gains = [final(seeds[0][s]) - final(seeds[1][s]) for s in sorted(seeds[0].keys() & seeds[1].keys())]
+            if gains:
+                wins = sum(each > 0 for each in gains)
+                lines.append([point, f"{noisy} - {plain}", gain(gains), f"{wins} of {len(gains)}"])
     return markdown(["point", "difference", "final accuracy [95 %]", "seeds in favour"], lines)
+
+
+def matched_table() -> str:
+    """Beyond the edge of the mismatch, every arm at both learning rates, and what noise changes at the same rate."""
+    runs: dict[tuple[str, float], dict[int, dict]] = {}
+    for row in [*finished("grid").values(), *finished("matched").values()]:
+        s = row["settings"]
+        if s["numerics"] == POINTS["mismatch_beyond"]["numerics"]:
+            runs.setdefault((s["arm"], s["learning_rate"]), {})[s["seed"]] = row
+    lines = []
+    for arm in ARMS:
+        for rate in RATES[:2]:
+            rows = runs.get((arm, rate), {})
+            if not rows:
+                continue
+            plain = runs.get((WITHOUT_NOISE.get(arm), rate), {})
+            gains = [final(row) - final(plain[seed]) for seed, row in rows.items() if seed in plain]
+            lines.append(
+                [arm, choices()[arm][0], f"{rate:g}", with_interval(list(rows.values())), str(len(rows))]
+                + [averaged(list(rows.values()), measure) for measure in (best, peak_of("alp/kl/k3"))]
+                + [f"{WITHOUT_NOISE[arm]}: {gain(gains)}" if gains else ""]
+            )
+    head = ["arm", "clip", "learning rate", "final accuracy [95 %]", "seeds", "best", "peak k3"]
+    return markdown([*head, "noise minus no noise, same seeds [95 %]"], lines)
 
 
 def ablation_table() -> str:
@@ -209,7 +234,7 @@ def ablation_table() -> str:
 
 TABLES = {
     "disease": disease_table, "tune": tune_table, "grid": grid_table, "paired": paired_table,
-    "envelope": envelope_table, "ablation": ablation_table,
+    "envelope": envelope_table, "matched": matched_table, "ablation": ablation_table,
 }  # fmt: skip
 
 

@@ -114,6 +114,18 @@ def grid() -> Runs:
         yield f"{point}-{arm}-s{seed}", arm_settings(arm, clip, rate) | POINTS[point] | {"seed": seed}
 
 
+def matched() -> Runs:
+    """Beyond the edge of the mismatch, every arm at the learning rate that it was not tuned to as well.
+
+    `grid` compares each arm at its best; a lower learning rate alone already makes an arm sturdier beyond the edge.
+    """
+    for seed, arm, rate in itertools.product(SEEDS, ARMS, RATES[:2]):
+        clip, own = choices()[arm]
+        if rate != own:
+            point = POINTS["mismatch_beyond"] | {"seed": seed}
+            yield f"mismatch_beyond-{arm}-{rate:g}-s{seed}", arm_settings(arm, clip, rate) | point
+
+
 def ablation() -> Runs:
     """What of ALP matters, one change at a time, at the edge of the mismatch dial."""
     clip, rate = choices()["alp_token"]
@@ -170,7 +182,7 @@ def engine() -> Runs:
         yield f"{numerics}-{arm}-s{seed}", arm_settings(arm, clip, rate) | point
 
 
-STAGES = {stage.__name__: stage for stage in (disease, tune, grid, ablation)}
+STAGES = {stage.__name__: stage for stage in (disease, tune, grid, matched, ablation)}
 # With needs of their own, so to be asked for by name.
 FURTHER_STAGES = {"engine": engine, "gpu": gpu}
 
