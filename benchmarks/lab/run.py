@@ -1,10 +1,11 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
 """
-One run of the lab, described by one YAML file:
+One run of the lab, described by one YAML file of what differs from `DEFAULTS` below:
 
-    python benchmarks/lab/run.py benchmarks/lab/example.yaml
+    mkdir -p runs/lab && echo '{arm: alp_sequence, numerics: int3, seed: 7}' > runs/lab/mine.yaml
+    python benchmarks/lab/run.py runs/lab/mine.yaml
 
-Writes, in the folder of the YAML file, `NAME.json`: the settings, the accuracy on held-out problems (by the policy
+Writes, beside the YAML file, `NAME.json`: the settings, the accuracy on held-out problems (by the policy
 without noise, in fp32, one sample at temperature 1) every so many updates, and the log, one row an update. A run that
 is there already is not repeated.
 """
