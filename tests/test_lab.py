@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -243,6 +244,17 @@ def test_a_bootstrap_interval_covers_the_mean_as_often_as_it_says():
         low, high = figures.interval(torch.randn(12).tolist(), draws=400)
         covered += low <= 0 <= high
     assert 0.85 <= covered / 200 <= 0.98
+
+
+def test_the_figures_of_the_results_page_are_drawn_from_the_committed_results(tmp_path, monkeypatch):
+    shown = re.findall(r"\(assets/(lab_\w+\.png)\)", figures.PAGE.read_text())
+    (tmp_path / "results.md").write_text(figures.PAGE.read_text())
+    monkeypatch.setattr(figures, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(figures, "ASSETS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["figures.py"])
+    figures.main()
+    assert len(shown) >= 3
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in shown)
 
 
 def test_the_tables_of_the_results_page_are_those_of_the_committed_results():

@@ -79,7 +79,7 @@ class ALPGRPOConfig(GRPOConfig):
     > These parameters have default values different from [`~trl.GRPOConfig`]:
     > - `epsilon`: Defaults to `0.5` instead of `0.2`, and `epsilon_high` to `3.0` instead of `None` (paper,
     >   single-turn setting): a single ratio carries the training-inference mismatch inside it, and a narrow range
-    >   clips that instead of the update.
+    >   clips that instead of the update (measured at small scale: `docs/results.md`).
     > - `vllm_importance_sampling_correction`: Defaults to `False` instead of `True`: the ratio already has the
     >   inference policy in its denominator, and a second factor would correct twice.
     > - `use_bias_correction_kl`: Defaults to `False` instead of `True`: the paper's KL term is the plain k3, and at
