@@ -7,6 +7,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,10 +133,13 @@ def test_a_lag_of_two_samples_from_the_weights_of_two_batches_ago(policy):
 
 
 @torch.no_grad()
-def test_noise_on_the_behaviour_side_is_drawn_anew_for_every_token(policy):
+@pytest.mark.parametrize("numerics", ["noise-0.1", "int3+noise-0.1"])
+def test_noise_on_the_behaviour_side_is_drawn_anew_for_every_token(policy, numerics):
     prompts = [row["prompt"] for row in task.build_problems()[1][:2]]
-    rollout, seeds = behaviour.Behaviour("noise-0.1", lag=0, seed=0), []
+    rollout, seeds = behaviour.Behaviour(numerics, lag=0, seed=0), []
     rollout.sync(policy[0])
+    weight, rounded = (model.model.layers[0].mlp.up_proj.weight for model in (policy[0], rollout.copy))
+    assert torch.equal(weight, rounded) == ("int3" not in numerics)
     rollout.copy.model.register_forward_pre_hook(lambda *_: seeds.append(rollout.perturbation.seed))
     rollout(prompts, Trainer(policy))
     assert len(set(seeds)) == len(seeds) > 5
@@ -189,6 +193,25 @@ def test_no_two_arms_are_the_same(trained):
 def test_noise_on_top_of_the_split_ratio_is_tis_as_the_noise_vanishes(trained):
     difference = (trained["alp_tis, no noise"] - trained["tis"]).abs().max()
     assert difference < 0.01 * (trained["alp_tis"] - trained["tis"]).abs().max()
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_the_arm_dppo_leaves_out_what_moved_too_far_in_the_direction_of_its_advantage(advantage):
+    torch.manual_seed(0)
+    behaviour, policy = torch.rand(2, 40, 50).clamp(0.02, 0.98)  # (B, T) probabilities
+    logps = policy.log().requires_grad_()
+    trainer = SimpleNamespace(epsilon_low=0.5, epsilon_high=3.0, args=SimpleNamespace(delta=None))
+    trainer._update = SimpleNamespace(inputs={"sampling_per_token_logps": behaviour.log()})
+    with arms.DivergenceMaskTrainer._dual_clip(trainer, advantage):
+        ratio = (logps - behaviour.log()).exp()
+        clipped = ratio.clamp(1 - trainer.epsilon_low, 1 + trainer.epsilon_high)  # as TRL's loss
+        loss = -torch.min(ratio.clamp(max=trainer.args.delta) * advantage, clipped * advantage).sum()
+    loss.backward()
+    away = (policy > behaviour) if advantage > 0 else (policy < behaviour)
+    kept = ~(away & ((policy - behaviour).abs() > 0.15)) & (policy / behaviour < 20)
+    torch.testing.assert_close(logps.grad, -advantage * kept * policy / behaviour)
+    assert 0.2 < kept.float().mean() < 0.8
+    assert (trainer.epsilon_low, trainer.epsilon_high, trainer.args.delta) == (0.5, 3.0, None)
 
 
 def test_a_run_logs_every_update_and_evaluates_without_noise(cache):

@@ -8,12 +8,14 @@
 | `tis` | policy / old policy | times old policy / engine per token, at most 5 (`token_truncate`, the paper's cap) |
 | `mis` | policy / old policy | times old policy / engine per sequence, zero above 3 (`sequence_mask`, TRL's default) |
 | `bypass_token`, `bypass_sequence` | policy / engine | inside the ratio |
+| `dppo` | policy / engine | inside the ratio; the bound is on the probability, not on the ratio |
 | `alp_token`, `alp_sequence`, `alp_geometric` | perturbed policy / engine | inside the ratio, with noise |
 | `alp_tis` | perturbed policy / old policy | as `tis`: noise on top of the split ratio |
 
 The old policy is the trainer's own, scored when the rollouts are made.
 """
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -25,6 +27,7 @@ from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, instrument
 
 TIS = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 5.0}
 MIS = {"vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 3.0}
+DPPO_THRESHOLD, DPPO_LARGEST_RATIO = 0.15, 20.0  # the DPPO paper's
 ARMS: dict[str, tuple[str, dict]] = {
     "grpo": ("stock", {}),
     "gspo": ("stock", {"importance_sampling_level": "sequence", "loss_type": "grpo"}),  # as TRL says for GSPO
@@ -32,6 +35,7 @@ ARMS: dict[str, tuple[str, dict]] = {
     "mis": ("corrected", MIS),
     "bypass_token": ("alp", {"alp_enabled": False}),
     "bypass_sequence": ("alp", {"alp_enabled": False, "alp_ratio_level": "sequence"}),
+    "dppo": ("divergence", {"alp_enabled": False}),
     "alp_token": ("alp", {}),
     "alp_sequence": ("alp", {"alp_ratio_level": "sequence"}),
     "alp_geometric": ("alp", {"alp_ratio_level": "sequence_geometric"}),
@@ -52,6 +56,26 @@ class SplitRatioTrainer(ALPGRPOTrainer):
         return super()._compute_loss(model, {k: v for k, v in inputs.items() if k != "sampling_per_token_logps"})
 
 
+class DivergenceMaskTrainer(ALPGRPOTrainer):
+    """DPPO with the binary total variation (arXiv 2602.04879): a token is left out where its probability pi moved away
+    from the engine's, mu, by more than a threshold d. |pi - mu| <= d is |pi / mu - 1| <= d / mu, so this is TRL's
+    clipping with a range for each token."""
+
+    @contextmanager
+    def _dual_clip(self, advantages):
+        knobs = self.epsilon_low, self.epsilon_high
+        self.epsilon_low = self.epsilon_high = DPPO_THRESHOLD / self._update.inputs["sampling_per_token_logps"].exp()
+        self.args.delta = DPPO_LARGEST_RATIO
+        try:
+            yield
+        finally:
+            self.args.delta = None
+            self.epsilon_low, self.epsilon_high = knobs
+
+
+TRAINERS = {"alp": ALPGRPOTrainer, "split": SplitRatioTrainer, "divergence": DivergenceMaskTrainer}
+
+
 def build_trainer(arm: str, overrides: dict, common: dict, place: str | None = None, **kwargs) -> GRPOTrainer:
     """
     Build an instrumented trainer.
@@ -70,8 +94,7 @@ def build_trainer(arm: str, overrides: dict, common: dict, place: str | None = N
         trainer = GRPOTrainer(args=GRPOConfig(**settings), **kwargs)
     else:
         settings["vllm_importance_sampling_correction"] = kind == "split"
-        trainer_class = SplitRatioTrainer if kind == "split" else ALPGRPOTrainer
-        trainer = trainer_class(args=ALPGRPOConfig(**settings), **kwargs)
+        trainer = TRAINERS[kind](args=ALPGRPOConfig(**settings), **kwargs)
         if place == "final":
             _perturb_final_state(trainer)
     if kind in ("corrected", "split") and not trainer.use_vllm:

@@ -5,7 +5,8 @@ The two dials of off-policy collapse. `numerics` is the training-inference misma
 `int5`, ... (each decoder weight matrix rounded per output channel, symmetrically, as a weight-only quantised engine
 does), `gauss-S` (Gaussian weight noise of S times each matrix's standard deviation, fresh at each sync) or `noise-S`
 (layerwise perturbation of S times the hidden RMS while sampling: exploration noise on the behaviour side, as QeRL
-has it). `lag` is staleness on top of the updates per batch of rollouts: the weights are as many batches old.
+has it); `int3+noise-S` is both. `lag` is staleness on top of the updates per batch of rollouts: the weights are as
+many batches old.
 """
 
 from collections import deque
@@ -48,8 +49,7 @@ class Behaviour:
     """
 
     def __init__(self, numerics: str, lag: int, seed: int, device: str = "cpu"):
-        self.numerics, _, size = numerics.partition("-")
-        self.size = float(size or 0)
+        self.numerics = [(kind, float(size or 0)) for kind, _, size in (n.partition("-") for n in numerics.split("+"))]
         self.weights: deque[dict[str, torch.Tensor]] = deque(maxlen=lag + 1)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.copy = self.perturbation = None
@@ -59,19 +59,20 @@ class Behaviour:
         if self.copy is None:
             # Not `copy.deepcopy`: TRL patches `forward` of the policy, and a copy of that would run the policy itself.
             self.copy = type(policy)(policy.config).to(policy.device).eval()
-            if self.numerics == "noise":
-                self.perturbation = LayerwisePerturbation(self.copy, sigma_init=self.size, noise_scale="rms")
+            if sigma := dict(self.numerics).get("noise"):
+                self.perturbation = LayerwisePerturbation(self.copy, sigma_init=sigma, noise_scale="rms")
                 self.copy.register_forward_pre_hook(self._draw_anew)
         self.weights.append({name: value.clone() for name, value in policy.state_dict().items()})
         self.copy.float().load_state_dict(self.weights[0])
-        if self.numerics == "bf16":
-            self.copy.bfloat16()
-        elif self.numerics.startswith("int"):
-            round_weights(self.copy, int(self.numerics.removeprefix("int")))
-        elif self.numerics == "gauss":
-            shake_weights(self.copy, self.size, self.generator)
-        elif self.numerics not in ("exact", "noise"):
-            raise ValueError(f"numerics={self.numerics!r} is unknown; see benchmarks/lab/behaviour.py.")
+        for kind, size in self.numerics:
+            if kind == "bf16":
+                self.copy.bfloat16()
+            elif kind.startswith("int"):
+                round_weights(self.copy, int(kind.removeprefix("int")))
+            elif kind == "gauss":
+                shake_weights(self.copy, size, self.generator)
+            elif kind not in ("exact", "noise"):
+                raise ValueError(f"numerics={kind!r} is unknown; see benchmarks/lab/behaviour.py.")
 
     def _draw_anew(self, *_) -> None:
         # The same seed and shape would give every token of a completion the same noise.

@@ -42,6 +42,8 @@ WIDE = {"epsilon": 0.5, "epsilon_high": 3.0}
 CLIPS = {"narrow": NARROW, "wide": WIDE}
 RATES = (2.5e-5, 5e-5, 1e-4)
 ARMS = ("grpo", "tis", "mis", "bypass_token", "bypass_sequence", "alp_token", "alp_sequence", "alp_tis")
+# The same arm with and without noise.
+PAIRS = (("alp_token", "bypass_token"), ("alp_sequence", "bypass_sequence"))
 # Where the dials stand. An update always has 32 completions; the rollouts of one batch serve as many updates as the
 # second dial says, so that no dial changes the number of updates, of samples, or the batch of an update.
 POINTS = {
@@ -115,47 +117,53 @@ def grid() -> Runs:
 
 
 def matched() -> Runs:
-    """Beyond the edge of the mismatch, every arm at the learning rate that it was not tuned to as well.
+    """The arms at equal learning rates; `grid` compares each at its best, and a lower rate alone makes one sturdier.
 
-    `grid` compares each arm at its best; a lower learning rate alone already makes an arm sturdier beyond the edge.
+    Beyond the edge of the mismatch every arm at the rate that it was not tuned to, at the other points ALP at the clip
+    range and rate of the same arm without noise.
     """
+    best = choices()
     for seed, arm, rate in itertools.product(SEEDS, ARMS, RATES[:2]):
-        clip, own = choices()[arm]
+        clip, own = best[arm]
         if rate != own:
             point = POINTS["mismatch_beyond"] | {"seed": seed}
             yield f"mismatch_beyond-{arm}-{rate:g}-s{seed}", arm_settings(arm, clip, rate) | point
+    for point, seed, (noisy, plain) in itertools.product(BY_INTEREST[1:], SEEDS, PAIRS):
+        clip, rate = best[plain]
+        if best[noisy] != best[plain]:
+            settings = arm_settings(noisy, clip, rate) | POINTS[point] | {"seed": seed}
+            yield f"{point}-{noisy}-{rate:g}-s{seed}", settings
 
 
 def ablation() -> Runs:
-    """What of ALP matters, one change at a time, at the edge of the mismatch dial."""
-    clip, rate = choices()["alp_token"]
+    """What of ALP matters, one change at a time, and other remedies, where the mismatch hurts; all at one rate."""
+    rate, point = RATES[0], POINTS["mismatch_beyond"]
     absolute = {"alp_noise_scale": "absolute"}
-    changes: dict[str, dict] = {
-        f"sigma-{sigma:g}": {"alp_sigma_init": sigma} for sigma in (3e-4, 1e-3, 3e-3, 3e-2, 1e-1)
-    }
-    changes |= {
+    large = {"alp_sigma_init": 3e-2}  # what differs between places should be seen
+    alp: dict[str, dict] = {f"sigma-{sigma:g}": {"alp_sigma_init": sigma} for sigma in (3e-4, 1e-3, 3e-3, 3e-2, 1e-1)}
+    alp |= {
         "fixed": {"alp_learn_sigma": False},
         "learned-fast": {"alp_sigma_lr": 1e-2},
         "absolute-0.02-paper": absolute | {"alp_sigma_init": 0.02, "alp_sigma_lr": 1e-2},
         "absolute-1e-6-paper": absolute | {"alp_sigma_init": 1e-6},
-        "first": {"alp_layers": "first:2", "alp_sigma_init": 3e-2},
-        "middle": {"alp_layers": "1-2", "alp_sigma_init": 3e-2},
-        "last": {"alp_layers": "last:2", "alp_sigma_init": 3e-2},
-        "embedding": {"alp_layers": "first:1", "alp_sigma_init": 3e-2},
+        "first": large | {"alp_layers": "first:2"},
+        "middle": large | {"alp_layers": "1-2"},
+        "last": large | {"alp_layers": "last:2"},
+        "embedding": large | {"alp_layers": "first:1"},
+        "final": large,
         "geometric": {"alp_ratio_level": "sequence_geometric", "epsilon": 0.03, "epsilon_high": 0.04},
-        "final": {"alp_sigma_init": 3e-2},
     }
-    for seed, (label, change) in itertools.product(SEEDS[:3], changes.items()):
-        settings = arm_settings("alp_token", clip, rate, **change) | POINTS["mismatch_edge"] | {"seed": seed}
-        yield f"{label}-s{seed}", settings | ({"place": "final"} if label == "final" else {})
-    # Other remedies at the same point: GSPO at its own clip ranges, noise on the behaviour side.
-    clip, rate = choices()["bypass_token"]
-    for seed in SEEDS[:3]:
+    for seed in SEEDS:
+        for label, change in alp.items():
+            settings = arm_settings("alp_token", "wide", rate, **change) | point | {"seed": seed}
+            yield f"{label}-s{seed}", settings | ({"place": "final"} if label == "final" else {})
         for scale in (1, 10, 100):
             gspo = arm_settings("gspo", "narrow", rate, epsilon=3e-4 * scale, epsilon_high=4e-4 * scale)
-            yield f"gspo-{scale}-s{seed}", gspo | POINTS["mismatch_edge"] | {"seed": seed}
-        settings = arm_settings("bypass_token", clip, rate) | {"numerics": "noise-0.03", "updates_per_rollout": 8}
-        yield f"behaviour-noise-s{seed}", settings | {"seed": seed}
+            yield f"gspo-{scale}-s{seed}", gspo | point | {"seed": seed}
+        yield f"dppo-s{seed}", arm_settings("dppo", "wide", rate) | point | {"seed": seed}
+        for sigma in (0.01, 0.03):
+            noisy = {"numerics": f"{point['numerics']}+noise-{sigma:g}", "seed": seed}
+            yield f"behaviour-noise-{sigma:g}-s{seed}", arm_settings("bypass_token", "wide", rate) | point | noisy
 
 
 def quick() -> Runs:
