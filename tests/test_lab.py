@@ -22,6 +22,7 @@ import behaviour  # noqa: E402
 import figures  # noqa: E402
 import run  # noqa: E402
 import study  # noqa: E402
+import survival  # noqa: E402
 import task  # noqa: E402
 
 
@@ -143,6 +144,17 @@ def test_noise_on_the_behaviour_side_is_drawn_anew_for_every_token(policy, numer
     rollout.copy.model.register_forward_pre_hook(lambda *_: seeds.append(rollout.perturbation.seed))
     rollout(prompts, Trainer(policy))
     assert len(set(seeds)) == len(seeds) > 5
+
+
+def test_in_bf16_small_noise_is_rounded_away_and_in_fp32_it_is_not(policy):
+    model = policy[0].eval()
+    ids = torch.randint(2, 16, (8, task.PROMPT_LENGTH + 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(8, 10, dtype=torch.bool)
+    full = [survival.measure(model, ids, mask, "rms", sigma) for sigma in (1e-5, 1e-2, 1e-1)]
+    assert all(row["survived"] > 0.99 for row in full)
+    assert full[0]["log_ratio_std"] < 0.01 * full[1]["log_ratio_std"] < 0.01 * full[2]["log_ratio_std"]
+    rounded = [survival.measure(model.bfloat16(), ids, mask, "rms", sigma) for sigma in (1e-5, 1e-1)]
+    assert rounded[0]["survived"] < 0.3 and rounded[1]["survived"] > 0.98
 
 
 def test_an_unknown_number_format_is_an_error(policy):

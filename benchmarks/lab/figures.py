@@ -7,6 +7,9 @@ Tables and figures of `docs/results.md`, from the results in `benchmarks/results
 """
 
 import argparse
+import itertools
+import json
+import math
 import random
 import re
 import statistics
@@ -16,14 +19,27 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-from study import ARMS, CLIPS, POINTS, RATES, ROOT, choices, final, finished
+from study import (
+    ARMS,
+    CLIPS,
+    DEFAULT_SIGMA,
+    PAIRS,
+    POINTS,
+    RATES,
+    RESULTS,
+    ROOT,
+    STRONG_SIGMA,
+    choices,
+    final,
+    finished,
+)
 
 
 matplotlib.use("Agg")
 PAGE = ROOT / "docs" / "results.md"
 ASSETS = ROOT / "docs" / "assets"
 COLOURS = dict(zip(ARMS, plt.get_cmap("tab10").colors, strict=False))
-WITHOUT_NOISE = {"alp_token": "bypass_token", "alp_sequence": "bypass_sequence", "alp_tis": "tis"}
+WITHOUT_NOISE = dict(PAIRS) | {"alp_tis": "tis"}
 
 
 # ---- Numbers of one run ----
@@ -90,6 +106,7 @@ def gain(differences: list[float]) -> str:
 
 
 def disease_table() -> str:
+    means = ("alp/kl/k3", "alp/kl/k1", "entropy", "alp/token/ess", "alp/sequence/ess")
     groups: dict[tuple, list[dict]] = {}
     for row in finished("disease").values():
         s = row["settings"]
@@ -102,11 +119,11 @@ def disease_table() -> str:
         lines.append(
             [kind, str(updates), str(lag), arm, ", ".join(f"{final(row):.3f}" for row in rows), averaged(rows, best)]
             + [averaged(rows, peak_of(name)) for name in ("grad_norm", "alp/kl/k3")]
-            + [averaged(rows, mean_of(name)) for name in ("alp/kl/k3", "entropy", "alp/token/ess", "alp/sequence/ess")]
+            + [averaged(rows, mean_of(name)) for name in means]
             + [averaged(rows, width_of(f"alp/{level}")) for level in ("token", "sequence")]
         )
     head = ["behaviour", "updates", "lag", "arm", "final, each seed", "best", "peak grad norm", "peak k3", "mean k3"]
-    head += ["entropy", "token ESS", "sequence ESS", "token P2-P98", "sequence P2-P98"]
+    head += ["mean k1", "entropy", "token ESS", "sequence ESS", "token P2-P98", "sequence P2-P98"]
     return markdown(head, lines)
 
 
@@ -154,75 +171,123 @@ def grid_table() -> str:
     return markdown(head, lines)
 
 
+def at_each_rate(*stages: str) -> dict[tuple[str, str, float], dict[int, dict]]:
+    """The runs of some stages that differ in the point, the arm and the learning rate: by these, and by seed."""
+    groups: dict[tuple[str, str, float], dict[int, dict]] = {}
+    for stage in stages:
+        for name, row in finished(stage).items():
+            settings = row["settings"]
+            key = (name.split("-")[0], settings["arm"], settings["learning_rate"])
+            groups.setdefault(key, {})[settings["seed"]] = row
+    return groups
+
+
+def factor(noisy: dict[int, dict], plain: dict[int, dict], measure: Callable[[dict], float], other=None) -> str:
+    """A measure of the noisy runs over the same (or the `other`) of the runs of the same seeds without noise."""
+    seeds = sorted(noisy.keys() & plain.keys())
+    logs = [math.log(measure(noisy[seed]) / (other or measure)(plain[seed])) for seed in seeds]
+    low, high = interval(logs)
+    return f"{math.exp(statistics.fmean(logs)):.2f} [{math.exp(low):.2f}, {math.exp(high):.2f}]"
+
+
 def paired_table() -> str:
-    """ALP minus the same arm without noise, run by run: same point, same seed, each at its own best settings."""
-    groups, lines = by_point_and_arm(), []
-    for point in POINTS:
-        for noisy, plain in WITHOUT_NOISE.items():
-            seeds = [{row["settings"]["seed"]: row for row in groups.get((point, arm), [])} for arm in (noisy, plain)]
-            gains = [final(seeds[0][s]) - final(seeds[1][s]) for s in sorted(seeds[0].keys() & seeds[1].keys())]
-            if gains:
-                wins = sum(each > 0 for each in gains)
-                lines.append([point, f"{noisy} - {plain}", gain(gains), f"{wins} of {len(gains)}"])
-    return markdown(["point", "difference", "final accuracy [95 %]", "seeds in favour"], lines)
+    """What the noise changes, all else equal (point, clip range, learning rate), seed by seed."""
+    plain_runs, lines = at_each_rate("grid", "matched"), []
+    sigmas = {DEFAULT_SIGMA: plain_runs, STRONG_SIGMA: at_each_rate("strong")}
+    for point, (arm, other), rate in itertools.product(POINTS, PAIRS, RATES[:2]):
+        for sigma, noisy_runs in sigmas.items():
+            noisy, plain = noisy_runs.get((point, arm, rate), {}), plain_runs.get((point, other, rate), {})
+            seeds = sorted(noisy.keys() & plain.keys())
+            if not seeds:
+                continue
+            level = arm.removeprefix("alp_")
+            on, off = f"alp/{level}", f"alp/noise_off/{level}"
+            lines.append(
+                [point, level, f"{rate:g}", f"{sigma:g}", str(len(seeds))]
+                + [gain([final(noisy[seed]) - final(plain[seed]) for seed in seeds])]
+                + [factor(noisy, plain, width_of(on)), factor(noisy, plain, width_of(off), width_of(on))]
+                + [factor(noisy, plain, mean_of("alp/noise_off/kl/k3"), mean_of("alp/kl/k3"))]
+                + [factor(noisy, plain, peak_of(name)) for name in ("alp/kl/k3", "grad_norm")]
+            )
+    head = ["point", "level", "rate", "sigma", "seeds", "accuracy, noise minus none", "P2-P98", "P2-P98, noise off"]
+    return markdown([*head, "mean k3, noise off", "peak k3", "peak grad norm"], lines)
 
 
 def matched_table() -> str:
-    """Beyond the edge of the mismatch, every arm at both learning rates, and what noise changes at the same rate."""
-    runs: dict[tuple[str, float], dict[int, dict]] = {}
-    for row in [*finished("grid").values(), *finished("matched").values()]:
-        s = row["settings"]
-        if s["numerics"] == POINTS["mismatch_beyond"]["numerics"]:
-            runs.setdefault((s["arm"], s["learning_rate"]), {})[s["seed"]] = row
-    lines = []
-    for arm in ARMS:
-        for rate in RATES[:2]:
-            rows = runs.get((arm, rate), {})
-            if not rows:
-                continue
-            plain = runs.get((WITHOUT_NOISE.get(arm), rate), {})
-            gains = [final(row) - final(plain[seed]) for seed, row in rows.items() if seed in plain]
+    """Beyond the edge of the mismatch, every arm at both learning rates."""
+    groups, lines = at_each_rate("grid", "matched"), []
+    for arm, rate in itertools.product(ARMS, RATES[:2]):
+        if by_seed := groups.get(("mismatch_beyond", arm, rate)):
+            rows = list(by_seed.values())
             # Noise is part of the ratio in the loss; the gap of the policy itself shows without it.
             off = "alp/noise_off" if arm in WITHOUT_NOISE else "alp"
             measures = (width_of("alp/token"), width_of(f"{off}/token"), width_of(f"{off}/sequence"))
             measures += (mean_of(f"{off}/kl/k3"), peak_of("grad_norm"), mean_of("entropy"))
             lines.append(
-                [arm, choices()[arm][0], f"{rate:g}", with_interval(list(rows.values())), str(len(rows))]
-                + [averaged(list(rows.values()), measure) for measure in measures]
-                + [gain(gains) if gains else ""]
+                [
+                    arm,
+                    choices()[arm][0],
+                    f"{rate:g}",
+                    with_interval(rows),
+                    f"{sum(map(collapsed, rows))} of {len(rows)}",
+                ]
+                + [averaged(rows, measure) for measure in measures]
             )
-    head = ["arm", "clip", "rate", "final accuracy [95 %]", "seeds", "token P2-P98", "token, noise off"]
-    head += ["sequence, noise off", "k3, noise off", "peak grad norm", "entropy", "noise minus no noise [95 %]"]
-    return markdown(head, lines)
+    head = ["arm", "clip", "rate", "final accuracy [95 %]", "collapsed", "token P2-P98", "token, noise off"]
+    return markdown([*head, "sequence, noise off", "k3, noise off", "peak grad norm", "entropy"], lines)
+
+
+def ablation_groups() -> dict[str, dict[int, dict]]:
+    """The runs of the stage `ablation` by change and seed, after what they are changes of."""
+    rate, at = RATES[0], at_each_rate("grid", "matched")
+    groups = {
+        f"{label} ({arm})": at.get(("mismatch_beyond", arm, rate), {})
+        for label, arm in (
+            ("no noise", "bypass_token"), (f"sigma-{DEFAULT_SIGMA:g}, as is", "alp_token"),
+            ("sequence", "alp_sequence"), ("sequence, no noise", "bypass_sequence"),
+        )
+    }  # fmt: skip
+    for row_name, row in finished("ablation").items():
+        groups.setdefault(row_name.rpartition("-")[0], {})[row["settings"]["seed"]] = row
+    return groups
 
 
 def ablation_table() -> str:
-    groups: dict[str, list[dict]] = {}
-    for name, row in finished("ablation").items():
-        groups.setdefault(name.rpartition("-")[0], []).append(row)
+    groups = ablation_groups()
+    plain = next(iter(groups.values()))
     lines = []
-    for label, rows in groups.items():
+    for label, by_seed in groups.items():
+        rows = list(by_seed.values())
+        if not rows:
+            continue
         sigma = [name for name in rows[0]["curves"] if name.startswith("alp/sigma")]
         ends = ", ".join(number(statistics.fmean(curve(row, name)[-1] for row in rows)) for name in sigma)
+        gains = [final(row) - final(plain[seed]) for seed, row in by_seed.items() if seed in plain]
         lines.append(
-            [label, with_interval(rows), f"{sum(map(collapsed, rows))} of {len(rows)}"]
-            + [averaged(rows, measure) for measure in (width_of("alp/token"), peak_of("grad_norm"))]
+            [label, str(len(rows)), with_interval(rows), gain(gains), f"{sum(map(collapsed, rows))} of {len(rows)}"]
+            + [averaged(rows, measure) for measure in (width_of("alp/token"), peak_of("alp/kl/k3"))]
             + [ends]
         )
-    head = [
-        "change",
-        "final accuracy [95 %]",
-        "collapsed",
-        "token P2-P98",
-        "peak grad norm",
-        "sigma at the end, by layer",
+    head = ["change", "seeds", "final accuracy [95 %]", "minus no noise", "collapsed", "token P2-P98", "peak k3"]
+    return markdown([*head, "sigma at the end, by layer"], lines)
+
+
+def survival_table() -> str:
+    rows = json.loads((RESULTS / "survival.json").read_text())
+    lines = [
+        [row["scale"], f"{row['sigma']:g}"]
+        + [number(row[precision][what]) for precision in ("fp32", "bf16") for what in ("survived", "log_ratio_std")]
+        for row in rows["noise"]
     ]
+    for name, std in rows["mismatch_log_ratio_std"].items():
+        lines.append([f"none: {name} behaviour", "", "", number(std), "", ""])
+    head = ["noise", "sigma", "fp32: survives", "fp32: std of log ratio", "bf16: survives", "bf16: std of log ratio"]
     return markdown(head, lines)
 
 
 TABLES = {
     "disease": disease_table, "tune": tune_table, "grid": grid_table, "paired": paired_table,
-    "matched": matched_table, "ablation": ablation_table,
+    "matched": matched_table, "ablation": ablation_table, "survival": survival_table,
 }  # fmt: skip
 
 
@@ -305,6 +370,34 @@ def draw_disease(path: Path) -> None:
     plt.close(figure)
 
 
+def draw_ablation(path: Path) -> None:
+    """Final accuracy of every change: each run a dot, and the interval of the mean; and where sigma goes."""
+    groups = {label: by_seed for label, by_seed in ablation_groups().items() if by_seed}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(2, 1), layout="constrained")
+    for x, by_seed in enumerate(groups.values()):
+        values = [final(row) for row in by_seed.values()]
+        left.plot([x] * len(values), values, "o", ms=3, color="C0", alpha=0.5)
+        left.plot([x, x], interval(values), color="C0", lw=4, alpha=0.6)
+    left.axhline(statistics.fmean(map(final, next(iter(groups.values())).values())), color="grey", lw=0.8)
+    left.set_xticks(range(len(groups)), groups, rotation=90)
+    left.set_ylabel("final accuracy")
+    left.grid(alpha=0.3)
+    moving = {label: by_seed for label, by_seed in groups.items() if label.startswith(("sigma-", "learned"))}
+    for (label, by_seed), colour in zip(moving.items(), plt.get_cmap("tab10").colors, strict=False):
+        layers = [name for name in next(iter(by_seed.values()))["curves"] if name.startswith("alp/sigma")]
+        window = next(iter(by_seed.values()))["window"]
+        for layer in layers:
+            over_seeds = zip(*(curve(row, layer) for row in by_seed.values()), strict=True)
+            values = [statistics.fmean(v) for v in over_seeds]
+            steps = [window * (i + 1) for i in range(len(values))]
+            right.plot(steps, values, color=colour, lw=1, label=label if layer == layers[0] else None)
+    right.set(xlabel="update", yscale="log", title="sigma, a line for each layer")
+    right.legend(fontsize="x-small")
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def draw_curves(path: Path, point: str) -> None:
     """Accuracy over updates at one point, mean over seeds, and the band of all of them."""
     groups = by_point_and_arm()
@@ -344,6 +437,8 @@ def main() -> None:
         draw_tune(ASSETS / "lab_tune.png")
     if finished("disease"):
         draw_disease(ASSETS / "lab_disease.png")
+    if finished("ablation"):
+        draw_ablation(ASSETS / "lab_ablation.png")
     points = {point for point, _ in by_point_and_arm()}
     for point in points:
         draw_curves(ASSETS / f"lab_{point}.png", point)

@@ -19,6 +19,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -42,6 +43,8 @@ WIDE = {"epsilon": 0.5, "epsilon_high": 3.0}
 CLIPS = {"narrow": NARROW, "wide": WIDE}
 RATES = (2.5e-5, 5e-5, 1e-4)
 ARMS = ("grpo", "tis", "mis", "bypass_token", "bypass_sequence", "alp_token", "alp_sequence", "alp_tis")
+DEFAULT_SIGMA = 0.01  # `ALPGRPOConfig.alp_sigma_init`
+STRONG_SIGMA = 0.1
 # The same arm with and without noise.
 PAIRS = (("alp_token", "bypass_token"), ("alp_sequence", "bypass_sequence"))
 # Where the dials stand. An update always has 32 completions; the rollouts of one batch serve as many updates as the
@@ -112,6 +115,8 @@ def grid() -> Runs:
     """Every arm at its best settings, at every point of the dials, on fresh seeds."""
     best = choices()
     for point, seed, arm in itertools.product(BY_INTEREST, SEEDS, ARMS):
+        if point == "healthy" and arm in ("tis", "mis", "alp_tis"):
+            continue  # without a mismatch their correction is a factor of 1
         clip, rate = best[arm]
         yield f"{point}-{arm}-s{seed}", arm_settings(arm, clip, rate) | POINTS[point] | {"seed": seed}
 
@@ -135,12 +140,22 @@ def matched() -> Runs:
             yield f"{point}-{noisy}-{rate:g}-s{seed}", settings
 
 
+def strong() -> Runs:
+    """Noise that moves the log-probs as much as weights of 3 bits do (`survival.py`), beside the arms of `matched`."""
+    best = choices()
+    for point, seed, (noisy, plain) in itertools.product(("mismatch_beyond", "stale_beyond", "healthy"), SEEDS, PAIRS):
+        for rate in RATES[:2] if point == "mismatch_beyond" else (best[plain][1],):
+            settings = arm_settings(noisy, "wide", rate, alp_sigma_init=STRONG_SIGMA) | POINTS[point] | {"seed": seed}
+            yield f"{point}-{noisy}-{rate:g}-s{seed}", settings
+
+
 def ablation() -> Runs:
     """What of ALP matters, one change at a time, and other remedies, where the mismatch hurts; all at one rate."""
     rate, point = RATES[0], POINTS["mismatch_beyond"]
     absolute = {"alp_noise_scale": "absolute"}
     large = {"alp_sigma_init": 3e-2}  # what differs between places should be seen
-    alp: dict[str, dict] = {f"sigma-{sigma:g}": {"alp_sigma_init": sigma} for sigma in (3e-4, 1e-3, 3e-3, 3e-2, 1e-1)}
+    sigmas = (3e-4, 1e-3, 3e-3, 3e-2, 1e-1, 3e-1)
+    alp: dict[str, dict] = {f"sigma-{sigma:g}": {"alp_sigma_init": sigma} for sigma in sigmas}
     alp |= {
         "fixed": {"alp_learn_sigma": False},
         "learned-fast": {"alp_sigma_lr": 1e-2},
@@ -190,7 +205,7 @@ def engine() -> Runs:
         yield f"{numerics}-{arm}-s{seed}", arm_settings(arm, clip, rate) | point
 
 
-STAGES = {stage.__name__: stage for stage in (disease, tune, grid, matched, ablation)}
+STAGES = {stage.__name__: stage for stage in (disease, tune, grid, matched, strong, ablation)}
 # With needs of their own, so to be asked for by name.
 FURTHER_STAGES = {"engine": engine, "gpu": gpu}
 
@@ -296,6 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=[*STAGES, *FURTHER_STAGES], default=list(STAGES))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default="", help="a regular expression: of the stages, the runs whose name matches")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after this time")
     parser.add_argument("--folder", type=Path, default=Path("runs/lab"), help="for runs, and the warm-started model")
@@ -311,7 +327,9 @@ def main() -> None:
             )
         return
     for name in options.stages:
-        carry_out(name, (STAGES | FURTHER_STAGES)[name](), options.folder, options.jobs, deadline, options.results)
+        runs = (STAGES | FURTHER_STAGES)[name]()
+        runs = ((run, settings) for run, settings in runs if re.search(options.only, run))
+        carry_out(name, runs, options.folder, options.jobs, deadline, options.results)
 
 
 if __name__ == "__main__":
