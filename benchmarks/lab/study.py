@@ -291,7 +291,8 @@ def carry_out(stage: str, runs: Runs, folder: Path, jobs: int, deadline: float, 
             files.append(file)
     print(f"{stage}: {len(files)} runs to do", flush=True)
     start, waiting = time.time(), iter(files)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    once = 1 if stage == "engine" else None  # vLLM leaves things behind in its process
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=once) as pool:
         running = {pool.submit(one, file, folder): file for file in itertools.islice(waiting, jobs)}
         done = 0
         while running:
