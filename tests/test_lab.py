@@ -212,7 +212,7 @@ def test_the_arm_dppo_leaves_out_what_moved_too_far_in_the_direction_of_its_adva
     torch.manual_seed(0)
     behaviour, policy = torch.rand(2, 40, 50).clamp(0.02, 0.98)  # (B, T) probabilities
     logps = policy.log().requires_grad_()
-    trainer = SimpleNamespace(epsilon_low=0.5, epsilon_high=3.0, args=SimpleNamespace(delta=None))
+    trainer = SimpleNamespace(epsilon_low=0.15, epsilon_high=0.15, args=SimpleNamespace(delta=None))
     trainer._update = SimpleNamespace(inputs={"sampling_per_token_logps": behaviour.log()})
     with arms.DivergenceMaskTrainer._dual_clip(trainer, advantage):
         ratio = (logps - behaviour.log()).exp()
@@ -223,7 +223,7 @@ def test_the_arm_dppo_leaves_out_what_moved_too_far_in_the_direction_of_its_adva
     kept = ~(away & ((policy - behaviour).abs() > 0.15)) & (policy / behaviour < 20)
     torch.testing.assert_close(logps.grad, -advantage * kept * policy / behaviour)
     assert 0.2 < kept.float().mean() < 0.8
-    assert (trainer.epsilon_low, trainer.epsilon_high, trainer.args.delta) == (0.5, 3.0, None)
+    assert (trainer.epsilon_low, trainer.epsilon_high, trainer.args.delta) == (0.15, 0.15, None)
 
 
 def test_a_run_logs_every_update_and_evaluates_without_noise(cache):

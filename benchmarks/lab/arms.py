@@ -27,7 +27,7 @@ from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, instrument
 
 TIS = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 5.0}
 MIS = {"vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 3.0}
-DPPO_THRESHOLD, DPPO_LARGEST_RATIO = 0.15, 20.0  # the DPPO paper's
+DPPO_LARGEST_RATIO = 20.0  # the DPPO paper's
 ARMS: dict[str, tuple[str, dict]] = {
     "grpo": ("stock", {}),
     "gspo": ("stock", {"importance_sampling_level": "sequence", "loss_type": "grpo"}),  # as TRL says for GSPO
@@ -35,7 +35,7 @@ ARMS: dict[str, tuple[str, dict]] = {
     "mis": ("corrected", MIS),
     "bypass_token": ("alp", {"alp_enabled": False}),
     "bypass_sequence": ("alp", {"alp_enabled": False, "alp_ratio_level": "sequence"}),
-    "dppo": ("divergence", {"alp_enabled": False}),
+    "dppo": ("divergence", {"alp_enabled": False, "epsilon": 0.15, "epsilon_high": 0.15}),
     "alp_token": ("alp", {}),
     "alp_sequence": ("alp", {"alp_ratio_level": "sequence"}),
     "alp_geometric": ("alp", {"alp_ratio_level": "sequence_geometric"}),
@@ -58,13 +58,14 @@ class SplitRatioTrainer(ALPGRPOTrainer):
 
 class DivergenceMaskTrainer(ALPGRPOTrainer):
     """DPPO with the binary total variation (arXiv 2602.04879): a token is left out where its probability pi moved away
-    from the engine's, mu, by more than a threshold d. |pi - mu| <= d is |pi / mu - 1| <= d / mu, so this is TRL's
-    clipping with a range for each token."""
+    from the engine's, mu, by more than `epsilon`. |pi - mu| <= epsilon is |pi / mu - 1| <= epsilon / mu, so this is
+    TRL's clipping with a range for each token."""
 
     @contextmanager
     def _dual_clip(self, advantages):
         knobs = self.epsilon_low, self.epsilon_high
-        self.epsilon_low = self.epsilon_high = DPPO_THRESHOLD / self._update.inputs["sampling_per_token_logps"].exp()
+        probability = self._update.inputs["sampling_per_token_logps"].exp()
+        self.epsilon_low, self.epsilon_high = self.epsilon_low / probability, self.epsilon_high / probability
         self.args.delta = DPPO_LARGEST_RATIO
         try:
             yield

@@ -285,9 +285,36 @@ def survival_table() -> str:
     return markdown(head, lines)
 
 
+def engine_table() -> str:
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in finished("engine").values():
+        groups.setdefault((row["settings"]["numerics"], row["settings"]["arm"]), []).append(row)
+    lines = []
+    for (numerics, arm), rows in sorted(groups.items(), key=lambda group: (len(group[0][0]), *group[0])):
+        rate = rows[0]["settings"]["learning_rate"]
+        lines.append(
+            [numerics, arm, f"{rate:g}", ", ".join(f"{final(row):.3f}" for row in rows), averaged(rows, best)]
+            + [averaged(rows, peak_of(name)) for name in ("grad_norm", "alp/kl/k3")]
+            + [averaged(rows, mean_of(name)) for name in ("alp/kl/k3", "alp/token/ess", "alp/sequence/ess")]
+            + [averaged(rows, width_of("alp/token"))]
+        )
+    head = [
+        "behaviour",
+        "arm",
+        "rate",
+        "final, each seed",
+        "best",
+        "peak grad norm",
+        "peak k3",
+        "mean k3",
+        "token ESS",
+    ]
+    return markdown([*head, "sequence ESS", "token P2-P98"], lines)
+
+
 TABLES = {
     "disease": disease_table, "tune": tune_table, "grid": grid_table, "paired": paired_table,
-    "matched": matched_table, "ablation": ablation_table, "survival": survival_table,
+    "matched": matched_table, "ablation": ablation_table, "survival": survival_table, "engine": engine_table,
 }  # fmt: skip
 
 

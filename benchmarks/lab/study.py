@@ -166,8 +166,9 @@ def ablation() -> Runs:
         "last": large | {"alp_layers": "last:2"},
         "embedding": large | {"alp_layers": "first:1"},
         "final": large,
-        "geometric": {"alp_ratio_level": "sequence_geometric", "epsilon": 0.03, "epsilon_high": 0.04},
     }
+    for label, clip in {"0.03": {"epsilon": 0.03, "epsilon_high": 0.04}, **CLIPS}.items():
+        alp[f"geometric-{label}"] = {"alp_ratio_level": "sequence_geometric"} | clip
     for seed in SEEDS:
         for label, change in alp.items():
             settings = arm_settings("alp_token", "wide", rate, **change) | point | {"seed": seed}
@@ -175,7 +176,9 @@ def ablation() -> Runs:
         for scale in (1, 10, 100):
             gspo = arm_settings("gspo", "narrow", rate, epsilon=3e-4 * scale, epsilon_high=4e-4 * scale)
             yield f"gspo-{scale}-s{seed}", gspo | point | {"seed": seed}
-        yield f"dppo-s{seed}", arm_settings("dppo", "wide", rate) | point | {"seed": seed}
+        for threshold in (0.15, 0.5):  # the DPPO paper's, and as much wider as `wide` is
+            dppo = arm_settings("dppo", "narrow", rate, epsilon=threshold, epsilon_high=threshold)
+            yield f"dppo-{threshold:g}-s{seed}", dppo | point | {"seed": seed}
         for sigma in (0.01, 0.03):
             noisy = {"numerics": f"{point['numerics']}+noise-{sigma:g}", "seed": seed}
             yield f"behaviour-noise-{sigma:g}-s{seed}", arm_settings("bypass_token", "wide", rate) | point | noisy
