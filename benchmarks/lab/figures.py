@@ -28,7 +28,10 @@ from study import (
     RATES,
     RESULTS,
     ROOT,
+    SEEDS,
     STRONG_SIGMA,
+    WIDE,
+    ablation,
     choices,
     final,
     finished,
@@ -95,12 +98,17 @@ def averaged(rows: list[dict], measure: Callable[[dict], float]) -> str:
 
 
 def with_interval(rows: list[dict]) -> str:
+    """Mean and interval of the final accuracy; of too few runs for an interval, the values."""
     values = [final(row) for row in rows]
+    if len(values) < len(SEEDS):
+        return ", ".join(f"{value:.3f}" for value in values)
     low, high = interval(values)
     return f"{statistics.fmean(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def gain(differences: list[float]) -> str:
+    if len(differences) < len(SEEDS):
+        return ", ".join(f"{difference:+.3f}" for difference in differences)
     low, high = interval(differences)
     return f"{statistics.fmean(differences):+.3f} [{low:+.3f}, {high:+.3f}]"
 
@@ -171,13 +179,19 @@ def grid_table() -> str:
     return markdown(head, lines)
 
 
-def at_each_rate(*stages: str) -> dict[tuple[str, str, float], dict[int, dict]]:
-    """The runs of some stages that differ in the point, the arm and the learning rate: by these, and by seed."""
-    groups: dict[tuple[str, str, float], dict[int, dict]] = {}
-    for stage in stages:
+def clip_of(settings: dict) -> str:
+    return "wide" if settings["overrides"]["epsilon"] == WIDE["epsilon"] else "narrow"
+
+
+def by_settings() -> dict[tuple, dict[int, dict]]:
+    """The runs of the stages that compare arms: by point, arm, clip range, learning rate and sigma, and by seed."""
+    groups: dict[tuple, dict[int, dict]] = {}
+    for stage in ("grid", "matched", "strong"):
         for name, row in finished(stage).items():
             settings = row["settings"]
-            key = (name.split("-")[0], settings["arm"], settings["learning_rate"])
+            noisy = settings["arm"] in WITHOUT_NOISE
+            sigma = settings["overrides"].get("alp_sigma_init", DEFAULT_SIGMA) if noisy else 0
+            key = (name.split("-")[0], settings["arm"], clip_of(settings), settings["learning_rate"], sigma)
             groups.setdefault(key, {})[settings["seed"]] = row
     return groups
 
@@ -192,32 +206,34 @@ def factor(noisy: dict[int, dict], plain: dict[int, dict], measure: Callable[[di
 
 def paired_table() -> str:
     """What the noise changes, all else equal (point, clip range, learning rate), seed by seed."""
-    plain_runs, lines = at_each_rate("grid", "matched"), []
-    sigmas = {DEFAULT_SIGMA: plain_runs, STRONG_SIGMA: at_each_rate("strong")}
-    for point, (arm, other), rate in itertools.product(POINTS, PAIRS, RATES[:2]):
-        for sigma, noisy_runs in sigmas.items():
-            noisy, plain = noisy_runs.get((point, arm, rate), {}), plain_runs.get((point, other, rate), {})
-            seeds = sorted(noisy.keys() & plain.keys())
-            if not seeds:
-                continue
-            level = arm.removeprefix("alp_")
-            on, off = f"alp/{level}", f"alp/noise_off/{level}"
-            lines.append(
-                [point, level, f"{rate:g}", f"{sigma:g}", str(len(seeds))]
-                + [gain([final(noisy[seed]) - final(plain[seed]) for seed in seeds])]
-                + [factor(noisy, plain, width_of(on)), factor(noisy, plain, width_of(off), width_of(on))]
-                + [factor(noisy, plain, mean_of("alp/noise_off/kl/k3"), mean_of("alp/kl/k3"))]
-                + [factor(noisy, plain, peak_of(name)) for name in ("alp/kl/k3", "grad_norm")]
-            )
-    head = ["point", "level", "rate", "sigma", "seeds", "accuracy, noise minus none", "P2-P98", "P2-P98, noise off"]
+    groups, lines = by_settings(), []
+    order = {name: place for place, name in enumerate((*POINTS, *WITHOUT_NOISE))}
+    for key in sorted(groups, key=lambda key: (order[key[0]], order.get(key[1], 0), *key[2:])):
+        point, arm, clip, rate, sigma = key
+        noisy, plain = groups[key], groups.get((point, WITHOUT_NOISE.get(arm), clip, rate, 0), {})
+        seeds = sorted(noisy.keys() & plain.keys())
+        if not seeds:
+            continue
+        level = "sequence" if arm == "alp_sequence" else "token"
+        on, off = f"alp/{level}", f"alp/noise_off/{level}"
+        lines.append(
+            [point, arm, f"{rate:g}", f"{sigma:g}", str(len(seeds))]
+            + [f"{statistics.fmean(final(noisy[seed]) for seed in seeds):.3f}"]
+            + [gain([final(noisy[seed]) - final(plain[seed]) for seed in seeds])]
+            + [factor(noisy, plain, width_of(on)), factor(noisy, plain, width_of(off), width_of(on))]
+            + [factor(noisy, plain, mean_of("alp/noise_off/kl/k3"), mean_of("alp/kl/k3"))]
+            + [factor(noisy, plain, peak_of(name)) for name in ("alp/kl/k3", "grad_norm")]
+        )
+    head = ["point", "arm", "rate", "sigma", "seeds", "accuracy", "minus no noise", "P2-P98", "P2-P98, noise off"]
     return markdown([*head, "mean k3, noise off", "peak k3", "peak grad norm"], lines)
 
 
 def matched_table() -> str:
     """Beyond the edge of the mismatch, every arm at both learning rates."""
-    groups, lines = at_each_rate("grid", "matched"), []
+    groups, lines = by_settings(), []
     for arm, rate in itertools.product(ARMS, RATES[:2]):
-        if by_seed := groups.get(("mismatch_beyond", arm, rate)):
+        sigma = DEFAULT_SIGMA if arm in WITHOUT_NOISE else 0
+        if by_seed := groups.get(("mismatch_beyond", arm, choices()[arm][0], rate, sigma)):
             rows = list(by_seed.values())
             # Noise is part of the ratio in the loss; the gap of the policy itself shows without it.
             off = "alp/noise_off" if arm in WITHOUT_NOISE else "alp"
@@ -239,16 +255,19 @@ def matched_table() -> str:
 
 def ablation_groups() -> dict[str, dict[int, dict]]:
     """The runs of the stage `ablation` by change and seed, after what they are changes of."""
-    rate, at = RATES[0], at_each_rate("grid", "matched")
+    rate, at = RATES[0], by_settings()
     groups = {
-        f"{label} ({arm})": at.get(("mismatch_beyond", arm, rate), {})
-        for label, arm in (
-            ("no noise", "bypass_token"), (f"sigma-{DEFAULT_SIGMA:g}, as is", "alp_token"),
-            ("sequence", "alp_sequence"), ("sequence, no noise", "bypass_sequence"),
+        label: at.get(("mismatch_beyond", arm, "wide", rate, sigma), {})
+        for label, arm, sigma in (
+            ("no noise", "bypass_token", 0), (f"sigma-{DEFAULT_SIGMA:g}, as is", "alp_token", DEFAULT_SIGMA),
+            (f"sigma-{STRONG_SIGMA:g}", "alp_token", STRONG_SIGMA),
+            ("sequence", "alp_sequence", DEFAULT_SIGMA), ("sequence, no noise", "bypass_sequence", 0),
         )
     }  # fmt: skip
-    for row_name, row in finished("ablation").items():
-        groups.setdefault(row_name.rpartition("-")[0], {})[row["settings"]["seed"]] = row
+    done = finished("ablation")
+    for name, settings in ablation():  # in this order
+        if name in done:
+            groups.setdefault(name.rpartition("-")[0], {})[settings["seed"]] = done[name]
     return groups
 
 
@@ -262,13 +281,13 @@ def ablation_table() -> str:
             continue
         sigma = [name for name in rows[0]["curves"] if name.startswith("alp/sigma")]
         ends = ", ".join(number(statistics.fmean(curve(row, name)[-1] for row in rows)) for name in sigma)
-        gains = [final(row) - final(plain[seed]) for seed, row in by_seed.items() if seed in plain]
+        gains = [final(row) - final(plain[seed]) for seed, row in by_seed.items() if by_seed is not plain]
         lines.append(
-            [label, str(len(rows)), with_interval(rows), gain(gains), f"{sum(map(collapsed, rows))} of {len(rows)}"]
+            [label, with_interval(rows), gain(gains) if gains else "", f"{sum(map(collapsed, rows))} of {len(rows)}"]
             + [averaged(rows, measure) for measure in (width_of("alp/token"), peak_of("alp/kl/k3"))]
             + [ends]
         )
-    head = ["change", "seeds", "final accuracy [95 %]", "minus no noise", "collapsed", "token P2-P98", "peak k3"]
+    head = ["change", "final accuracy [95 %]", "minus no noise", "collapsed", "token P2-P98", "peak k3"]
     return markdown([*head, "sigma at the end, by layer"], lines)
 
 
@@ -298,18 +317,8 @@ def engine_table() -> str:
             + [averaged(rows, mean_of(name)) for name in ("alp/kl/k3", "alp/token/ess", "alp/sequence/ess")]
             + [averaged(rows, width_of("alp/token"))]
         )
-    head = [
-        "behaviour",
-        "arm",
-        "rate",
-        "final, each seed",
-        "best",
-        "peak grad norm",
-        "peak k3",
-        "mean k3",
-        "token ESS",
-    ]
-    return markdown([*head, "sequence ESS", "token P2-P98"], lines)
+    head = ["behaviour", "arm", "rate", "final, each seed", "best", "peak grad norm", "peak k3", "mean k3"]
+    return markdown([*head, "token ESS", "sequence ESS", "token P2-P98"], lines)
 
 
 TABLES = {
@@ -398,28 +407,32 @@ def draw_disease(path: Path) -> None:
 
 
 def draw_ablation(path: Path) -> None:
-    """Final accuracy of every change: each run a dot, and the interval of the mean; and where sigma goes."""
+    """Final accuracy of every change: each run a dot, the mean a line; and where sigma goes, layer by layer."""
     groups = {label: by_seed for label, by_seed in ablation_groups().items() if by_seed}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(2, 1), layout="constrained")
-    for x, by_seed in enumerate(groups.values()):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
+    for y, by_seed in enumerate(groups.values()):
         values = [final(row) for row in by_seed.values()]
-        left.plot([x] * len(values), values, "o", ms=3, color="C0", alpha=0.5)
-        left.plot([x, x], interval(values), color="C0", lw=4, alpha=0.6)
-    left.axhline(statistics.fmean(map(final, next(iter(groups.values())).values())), color="grey", lw=0.8)
-    left.set_xticks(range(len(groups)), groups, rotation=90)
-    left.set_ylabel("final accuracy")
+        left.plot(values, [y] * len(values), "o", ms=4, color="C0", alpha=0.6)
+        left.plot([statistics.fmean(values)] * 2, [y - 0.3, y + 0.3], color="C1")
+    left.axvline(statistics.fmean(map(final, next(iter(groups.values())).values())), color="grey", lw=0.8)
+    left.set_yticks(range(len(groups)), groups)
+    left.invert_yaxis()
+    left.set(xlabel="final accuracy", title="one change at a time")
     left.grid(alpha=0.3)
-    moving = {label: by_seed for label, by_seed in groups.items() if label.startswith(("sigma-", "learned"))}
+    moving = {
+        label: by_seed for label, by_seed in groups.items() if label.startswith(("sigma-", "learned", "absolute"))
+    }
     for (label, by_seed), colour in zip(moving.items(), plt.get_cmap("tab10").colors, strict=False):
-        layers = [name for name in next(iter(by_seed.values()))["curves"] if name.startswith("alp/sigma")]
-        window = next(iter(by_seed.values()))["window"]
-        for layer in layers:
+        first = next(iter(by_seed.values()))
+        start = first["settings"]["overrides"].get("alp_sigma_init", DEFAULT_SIGMA)
+        layers = [name for name in first["curves"] if name.startswith("alp/sigma")]
+        for layer, style in zip(layers, ("-", "--", "-.", ":"), strict=False):
             over_seeds = zip(*(curve(row, layer) for row in by_seed.values()), strict=True)
-            values = [statistics.fmean(v) for v in over_seeds]
-            steps = [window * (i + 1) for i in range(len(values))]
-            right.plot(steps, values, color=colour, lw=1, label=label if layer == layers[0] else None)
-    right.set(xlabel="update", yscale="log", title="sigma, a line for each layer")
-    right.legend(fontsize="x-small")
+            values = [statistics.fmean(v) / start for v in over_seeds]
+            steps = [first["window"] * (i + 1) for i in range(len(values))]
+            right.plot(steps, values, style, color=colour, lw=1, label=label if layer == layers[0] else None)
+    right.set(xlabel="update", title="sigma over its start; layers 0 to 3: — -- -. ..")
+    right.legend(fontsize="small")
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

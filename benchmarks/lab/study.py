@@ -147,6 +147,14 @@ def strong() -> Runs:
         for rate in RATES[:2] if point == "mismatch_beyond" else (best[plain][1],):
             settings = arm_settings(noisy, "wide", rate, alp_sigma_init=STRONG_SIGMA) | POINTS[point] | {"seed": seed}
             yield f"{point}-{noisy}-{rate:g}-s{seed}", settings
+    # Where the mismatch hurts most: less and more of it, and on top of TIS.
+    rate, point = RATES[1], POINTS["mismatch_beyond"]
+    for seed in SEEDS:
+        for sigma, (noisy, _) in itertools.product((0.03, 0.3), PAIRS):
+            settings = arm_settings(noisy, "wide", rate, alp_sigma_init=sigma) | point | {"seed": seed}
+            yield f"mismatch_beyond-{noisy}-{rate:g}-{sigma:g}-s{seed}", settings
+        settings = arm_settings("alp_tis", *best["tis"], alp_sigma_init=STRONG_SIGMA) | point | {"seed": seed}
+        yield f"mismatch_beyond-alp_tis-s{seed}", settings
 
 
 def ablation() -> Runs:
@@ -154,7 +162,7 @@ def ablation() -> Runs:
     rate, point = RATES[0], POINTS["mismatch_beyond"]
     absolute = {"alp_noise_scale": "absolute"}
     large = {"alp_sigma_init": 3e-2}  # what differs between places should be seen
-    sigmas = (3e-4, 1e-3, 3e-3, 3e-2, 1e-1, 3e-1)
+    sigmas = (3e-4, 1e-3, 3e-3, 3e-2, 3e-1)  # 0.01 and 0.1 are in other stages
     alp: dict[str, dict] = {f"sigma-{sigma:g}": {"alp_sigma_init": sigma} for sigma in sigmas}
     alp |= {
         "fixed": {"alp_learn_sigma": False},
