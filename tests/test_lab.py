@@ -262,6 +262,24 @@ def test_a_study_resumes_sums_up_and_begins_no_run_after_its_time(cache, tmp_pat
     assert not (tmp_path / "toy" / "a-s0.json").exists()
 
 
+@pytest.mark.parametrize("stage", [*study.STAGES, *study.FURTHER_STAGES, "quick"])
+def test_every_run_of_a_stage_has_a_name_of_its_own_and_settings_that_a_run_knows(stage):
+    runs = list((study.STAGES | study.FURTHER_STAGES | {"quick": study.quick})[stage]())
+    assert len({name for name, _ in runs}) == len({json.dumps(settings) for _, settings in runs}) == len(runs) >= 8
+    assert {key for _, settings in runs for key in settings} <= run.DEFAULTS.keys()
+    assert {settings["arm"] for _, settings in runs} <= arms.ARMS.keys()
+    assert study.finished(stage).keys() <= {name for name, _ in runs}
+
+
+@pytest.mark.parametrize("stage", [*study.STAGES, *study.FURTHER_STAGES])
+def test_what_was_measured_is_what_the_study_would_run(stage):
+    done = study.finished(stage)
+    for name, settings in (study.STAGES | study.FURTHER_STAGES)[stage]():
+        if name in done:
+            asked = run.DEFAULTS | settings
+            assert asked | done[name]["settings"] == asked, name
+
+
 def test_a_run_of_its_own_yaml_file_does_not_repeat_itself(cache, tmp_path, monkeypatch, capsys):
     file = tmp_path / "one.yaml"
     file.write_text(yaml.safe_dump(TINY | {"arm": "tis"}))
