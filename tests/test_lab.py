@@ -196,6 +196,11 @@ def weights_after(arm: str, cache: Path, **overrides) -> torch.Tensor:
     return kept[-1]
 
 
+def test_a_misspelt_setting_is_an_error(cache):
+    with pytest.raises(ValueError, match=r"udpates.* are no settings"):
+        run.run(TINY | {"udpates": 4}, cache)
+
+
 def test_no_two_arms_are_the_same(trained):
     for (a, first), (b, second) in itertools.combinations(trained.items(), 2):
         if (a, b) != ("tis", "alp_tis, no noise"):
@@ -290,13 +295,15 @@ def test_a_run_of_its_own_yaml_file_does_not_repeat_itself(cache, tmp_path, monk
     assert "is there already" in capsys.readouterr().out
 
 
-def test_a_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+@pytest.mark.parametrize("runs", figures.T)
+def test_an_interval_covers_the_mean_as_often_as_it_says_and_a_bootstrap_would_not(runs):
     torch.manual_seed(0)
-    covered = 0
-    for _ in range(200):
-        low, high = figures.interval(torch.randn(12).tolist(), draws=400)
-        covered += low <= 0 <= high
-    assert 0.85 <= covered / 200 <= 0.98
+    draws = torch.randn(2000, runs)
+    intervals = torch.tensor([figures.interval(values.tolist()) for values in draws])
+    assert 0.94 <= ((intervals[:, 0] <= 0) & (intervals[:, 1] >= 0)).float().mean() <= 0.96
+    resampled = draws[:, torch.randint(runs, (2000, runs))].mean(-1)  # (draws, 2000)
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975]), dim=1)
+    assert ((low <= 0) & (high >= 0)).float().mean() < 0.92
 
 
 def test_the_figures_of_the_results_page_are_drawn_from_the_committed_results(tmp_path, monkeypatch):

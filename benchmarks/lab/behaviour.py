@@ -82,6 +82,8 @@ class Behaviour:
         self.sync(trainer.model)
         prompt_ids = trainer.processing_class(prompts)["input_ids"]
         eos = trainer.processing_class.eos_token_id
-        with nullcontext() if self.perturbation is None else self.perturbation.applied(seed=0):
+        noise = nullcontext() if self.perturbation is None else self.perturbation.applied(seed=0)
+        # On a GPU the policy is trained under autocast; without it here that would be a mismatch of its own.
+        with noise, torch.autocast("cuda", torch.bfloat16, enabled=self.generator.device.type == "cuda"):
             ids, logprobs = sample(self.copy, torch.tensor(prompt_ids), eos, self.generator)
         return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": logprobs}

@@ -10,7 +10,6 @@ import argparse
 import itertools
 import json
 import math
-import random
 import re
 import statistics
 import sys
@@ -75,11 +74,33 @@ def width_of(prefix: str) -> Callable[[dict], float]:
     return lambda row: mean_of(f"{prefix}/log_ratio/p98")(row) - mean_of(f"{prefix}/log_ratio/p02")(row)
 
 
-def interval(values: Iterable[float], draws: int = 10000) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the mean over runs."""
-    values, source = list(values), random.Random(0)
-    means = sorted(statistics.fmean(source.choices(values, k=len(values))) for _ in range(draws))
-    return means[int(0.025 * draws)], means[int(0.975 * draws)]
+def without_noise(row: dict, name: str) -> float:
+    """Mean of a metric of the policy without noise, over the same updates for every arm."""
+    off = "alp/noise_off/" if row["settings"]["arm"] in WITHOUT_NOISE else "alp/"
+    # The instruments count the entropy that the loss sees as TRL does, without a prefix.
+    return row["monitored"].get("entropy" if off + name == "alp/entropy" else off + name, math.nan)
+
+
+def off(name: str) -> Callable[[dict], float]:
+    return lambda row: without_noise(row, name)
+
+
+def width_off(level: str) -> Callable[[dict], float]:
+    """P98 - P2 of the log ratio of the policy without noise, nats."""
+    p98, p02 = f"{level}/log_ratio/p98", f"{level}/log_ratio/p02"
+    return lambda row: without_noise(row, p98) - without_noise(row, p02)
+
+
+# Student's t at 97.5 %, by number of runs. A bootstrap of so few is too narrow: of five normal values its 95 %
+# interval holds the mean 84 times in 100 (`tests/test_lab.py`).
+T = {5: 2.776, 10: 2.262}
+
+
+def interval(values: Iterable[float]) -> tuple[float, float]:
+    """95 % interval of the mean over runs, of which there have to be as many as `T` knows."""
+    values = list(values)
+    half = T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
 # ---- Tables ----
@@ -100,14 +121,14 @@ def averaged(rows: list[dict], measure: Callable[[dict], float]) -> str:
 def with_interval(rows: list[dict]) -> str:
     """Mean and interval of the final accuracy; of too few runs for an interval, the values."""
     values = [final(row) for row in rows]
-    if len(values) < len(SEEDS):
+    if len(values) not in T:
         return ", ".join(f"{value:.3f}" for value in values)
     low, high = interval(values)
     return f"{statistics.fmean(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def gain(differences: list[float]) -> str:
-    if len(differences) < len(SEEDS):
+    if len(differences) not in T:
         return ", ".join(f"{difference:+.3f}" for difference in differences)
     low, high = interval(differences)
     return f"{statistics.fmean(differences):+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -169,14 +190,12 @@ def grid_table() -> str:
     for point in POINTS:
         for arm in ARMS:
             if rows := groups.get((point, arm)):
-                lost = sum(map(collapsed, rows))
-                lines.append(
-                    [point, arm, with_interval(rows), averaged(rows, best), f"{lost} of {len(rows)}"]
-                    + [averaged(rows, peak_of(name)) for name in ("grad_norm", "alp/kl/k3")]
-                    + [averaged(rows, mean_of("entropy"))]
-                )
-    head = ["point", "arm", "final accuracy [95 %]", "best", "collapsed", "peak grad norm", "peak k3", "entropy"]
-    return markdown(head, lines)
+                line = [point, arm, f"{choices()[arm][1]:g}", with_interval(rows), averaged(rows, best)]
+                line += [f"{sum(map(collapsed, rows))} of {len(rows)}", averaged(rows, peak_of("grad_norm"))]
+                line.append("" if arm == "alp_tis" else averaged(rows, peak_of("alp/kl/k3")))
+                lines.append([*line, averaged(rows, off("entropy"))])
+    head = ["point", "arm", "rate", "final accuracy [95 %]", "best", "collapsed", "peak grad norm"]
+    return markdown([*head, "peak k3, noise on", "entropy"], lines)
 
 
 def clip_of(settings: dict) -> str:
@@ -196,10 +215,12 @@ def by_settings() -> dict[tuple, dict[int, dict]]:
     return groups
 
 
-def factor(noisy: dict[int, dict], plain: dict[int, dict], measure: Callable[[dict], float], other=None) -> str:
-    """A measure of the noisy runs over the same (or the `other`) of the runs of the same seeds without noise."""
+def factor(noisy: dict[int, dict], plain: dict[int, dict], measure: Callable[[dict], float]) -> str:
+    """A measure of the noisy runs over that of the runs of the same seeds without noise: geometric mean, interval."""
     seeds = sorted(noisy.keys() & plain.keys())
-    logs = [math.log(measure(noisy[seed]) / (other or measure)(plain[seed])) for seed in seeds]
+    logs = [math.log(measure(noisy[seed]) / measure(plain[seed])) for seed in seeds]
+    if len(logs) not in T:
+        return ", ".join(f"{math.exp(each):.2f}" for each in logs)
     low, high = interval(logs)
     return f"{math.exp(statistics.fmean(logs)):.2f} [{math.exp(low):.2f}, {math.exp(high):.2f}]"
 
@@ -215,18 +236,17 @@ def paired_table() -> str:
         if not seeds:
             continue
         level = "sequence" if arm == "alp_sequence" else "token"
-        on, off = f"alp/{level}", f"alp/noise_off/{level}"
-        ratios = [factor(noisy, plain, width_of(on)), factor(noisy, plain, width_of(off), width_of(on))]
-        ratios.append(factor(noisy, plain, mean_of("alp/noise_off/kl/k3"), mean_of("alp/kl/k3")))
-        ratios.append(factor(noisy, plain, peak_of("alp/kl/k3")))
+        measures = (width_of(f"alp/{level}"), width_off(level), off("kl/k3"), off("fresh/kl/k3"), peak_of("alp/kl/k3"))
+        ratios = [factor(noisy, plain, measure) for measure in measures]
         if arm == "alp_tis":  # its ratio has another denominator than that of `tis`
             ratios = [""] * len(ratios)
         line = [point, arm, f"{rate:g}", f"{sigma:g}", str(len(seeds))]
         line.append(f"{statistics.fmean(final(noisy[seed]) for seed in seeds):.3f}")
         line.append(gain([final(noisy[seed]) - final(plain[seed]) for seed in seeds]))
         lines.append([*line, *ratios, factor(noisy, plain, peak_of("grad_norm"))])
-    head = ["point", "arm", "rate", "sigma", "seeds", "accuracy", "minus no noise", "P2-P98", "P2-P98, noise off"]
-    return markdown([*head, "mean k3, noise off", "peak k3", "peak grad norm"], lines)
+    head = ["point", "arm", "rate", "sigma", "seeds", "accuracy", "minus no noise", "P2-P98, noise on"]
+    head += ["P2-P98, noise off", "k3, noise off", "k3 of fresh rollouts, noise off", "peak k3, noise on"]
+    return markdown([*head, "peak grad norm"], lines)
 
 
 def matched_table() -> str:
@@ -234,24 +254,15 @@ def matched_table() -> str:
     groups, lines = by_settings(), []
     for arm, rate in itertools.product(ARMS, RATES[:2]):
         sigma = DEFAULT_SIGMA if arm in WITHOUT_NOISE else 0
-        if by_seed := groups.get(("mismatch_beyond", arm, choices()[arm][0], rate, sigma)):
-            rows = list(by_seed.values())
-            # Noise is part of the ratio in the loss; the gap of the policy itself shows without it.
-            off = "alp/noise_off" if arm in WITHOUT_NOISE else "alp"
-            measures = (width_of("alp/token"), width_of(f"{off}/token"), width_of(f"{off}/sequence"))
-            measures += (mean_of(f"{off}/kl/k3"), peak_of("grad_norm"), mean_of("entropy"))
-            lines.append(
-                [
-                    arm,
-                    choices()[arm][0],
-                    f"{rate:g}",
-                    with_interval(rows),
-                    f"{sum(map(collapsed, rows))} of {len(rows)}",
-                ]
-                + [averaged(rows, measure) for measure in measures]
-            )
-    head = ["arm", "clip", "rate", "final accuracy [95 %]", "collapsed", "token P2-P98", "token, noise off"]
-    return markdown([*head, "sequence, noise off", "k3, noise off", "peak grad norm", "entropy"], lines)
+        by_seed = groups.get(("mismatch_beyond", arm, choices()[arm][0], rate, sigma), {})
+        if rows := [row for seed, row in by_seed.items() if seed in SEEDS]:
+            measures = [width_off("token"), width_off("sequence"), off("kl/k3")]
+            ratios = [""] * 3 if arm == "alp_tis" else [averaged(rows, measure) for measure in measures]
+            line = [arm, choices()[arm][0], f"{rate:g}", with_interval(rows)]
+            line += [f"{sum(map(collapsed, rows))} of {len(rows)}", averaged(rows, peak_of("grad_norm"))]
+            lines.append([*line, averaged(rows, off("entropy")), *ratios])
+    head = ["arm", "clip", "rate", "final accuracy [95 %]", "collapsed", "peak grad norm", "entropy"]
+    return markdown([*head, "token P2-P98", "sequence P2-P98", "k3"], lines)
 
 
 def ablation_groups() -> dict[str, dict[int, dict]]:
@@ -288,8 +299,8 @@ def ablation_table() -> str:
             + [averaged(rows, measure) for measure in (width_of("alp/token"), peak_of("alp/kl/k3"))]
             + [ends]
         )
-    head = ["change", "final accuracy [95 %]", "minus no noise", "collapsed", "token P2-P98", "peak k3"]
-    return markdown([*head, "sigma at the end, by layer"], lines)
+    head = ["change", "final accuracy [95 %]", "minus bypass_token", "collapsed", "token P2-P98"]
+    return markdown([*head, "peak k3, noise on", "sigma at the end, by layer"], lines)
 
 
 def survival_table() -> str:
@@ -342,10 +353,10 @@ def draw_grid(path: Path) -> None:
         for x, arm in enumerate(ARMS):
             values = [final(row) for row in groups.get((point, arm), [])]
             if values:
-                low, high = interval(values)
                 axis.plot([x] * len(values), values, "o", ms=3, color=COLOURS[arm], alpha=0.5)
-                axis.plot([x, x], [low, high], color=COLOURS[arm], lw=4, alpha=0.6)
-        axis.set_xticks(range(len(ARMS)), ARMS, rotation=90)
+                if len(values) in T:
+                    axis.plot([x, x], interval(values), color=COLOURS[arm], lw=4, alpha=0.4)
+        axis.set_xticks(range(len(ARMS)), [f"{arm}, {choices()[arm][1]:g}" for arm in ARMS], rotation=90)
         axis.set_title(point.replace("_", ", "))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("final accuracy")
@@ -481,7 +492,7 @@ def main() -> None:
     if finished("ablation"):
         draw_ablation(ASSETS / "lab_ablation.png")
     points = {point for point, _ in by_point_and_arm()}
-    for point in points:
+    for point in points & {"mismatch_beyond", "stale_beyond"}:
         draw_curves(ASSETS / f"lab_{point}.png", point)
     if len(points) > 1:
         draw_grid(ASSETS / "lab_grid.png")

@@ -6,8 +6,8 @@ One run of the lab, described by one YAML file of what differs from `DEFAULTS` b
     python benchmarks/lab/run.py runs/lab/mine.yaml
 
 Writes, beside the YAML file, `NAME.json`: the settings, the accuracy on held-out problems (by the policy
-without noise, in fp32, one sample at temperature 1) every so many updates, and the log, one row an update. A run that
-is there already is not repeated.
+without noise, in the precision it is trained in, one sample at temperature 1) every so many updates, and the log, one
+row an update. A run that is there already is not repeated.
 """
 
 import argparse
@@ -86,6 +86,8 @@ class Evaluation(TrainerCallback):
 
 def run(settings: dict, cache: Path) -> dict:
     """Train as `settings` say (see `DEFAULTS`); them, the accuracy over time, the log, and the seconds it took."""
+    if unknown := settings.keys() - DEFAULTS.keys():
+        raise ValueError(f"{sorted(unknown)} are no settings of a run; see `DEFAULTS` in benchmarks/lab/run.py.")
     settings = DEFAULTS | settings
     start = time.perf_counter()
     train, held_out = build_problems()

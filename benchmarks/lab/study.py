@@ -90,13 +90,13 @@ def disease() -> Runs:
 
 
 def tune() -> Runs:
-    """The same grid for every arm, at the edges."""
+    """The same grid for every arm, at the edge of the mismatch."""
     for point, arm, clip, rate, seed in itertools.product(TUNED_AT, ARMS, CLIPS, RATES, TUNING_SEEDS):
         yield f"{point}-{arm}-{clip}-{rate:g}-s{seed}", arm_settings(arm, clip, rate) | POINTS[point] | {"seed": seed}
 
 
 def choices() -> dict[str, tuple[str, float]]:
-    """Clip range and learning rate of each arm: the best final accuracy, averaged over points and tuning seeds."""
+    """Clip range and learning rate of each arm: the best final accuracy at the tuning point, mean of tuning seeds."""
     scores: dict[tuple, list[float]] = {}
     for row in finished("tune").values():
         settings = row["settings"]
@@ -113,7 +113,7 @@ def choices() -> dict[str, tuple[str, float]]:
 
 
 def grid() -> Runs:
-    """Every arm at its best settings, at every point of the dials, on fresh seeds."""
+    """Every arm at the settings it was tuned to at one point, at every point of the dials, on fresh seeds."""
     best = choices()
     for point, seed, arm in itertools.product(BY_INTEREST, SEEDS, ARMS):
         if point == "healthy" and arm in ("tis", "mis", "alp_tis"):
@@ -142,7 +142,7 @@ def matched() -> Runs:
 
 
 def strong() -> Runs:
-    """Noise that moves the log-probs as much as weights of 3 bits do (`survival.py`), beside the arms of `matched`."""
+    """Noise that moves the log-probs as much as weights of 4 bits do (`survival.py`), beside the arms of `matched`."""
     best = choices()
     for point, seed, (noisy, plain) in itertools.product(("mismatch_beyond", "stale_beyond", "healthy"), SEEDS, PAIRS):
         for rate in RATES[:2] if point == "mismatch_beyond" else (best[plain][1],):
@@ -155,7 +155,9 @@ def strong() -> Runs:
         for noisy, _ in PAIRS:
             settings = arm_settings(noisy, "wide", rate, alp_sigma_init=0.03) | point | {"seed": seed}
             yield f"mismatch_beyond-{noisy}-{rate:g}-0.03-s{seed}", settings
-        settings = arm_settings("alp_tis", *best["tis"], alp_sigma_init=STRONG_SIGMA) | point | {"seed": seed}
+        # Without the dual clip, which TIS has not.
+        changes = {"alp_sigma_init": STRONG_SIGMA, "alp_dual_clip": None}
+        settings = arm_settings("alp_tis", *best["tis"], **changes) | point | {"seed": seed}
         yield f"mismatch_beyond-alp_tis-s{seed}", settings
     for seed, (noisy, plain) in itertools.product(MORE_SEEDS, PAIRS):
         for arm, change in ((noisy, {"alp_sigma_init": STRONG_SIGMA}), (plain, {})):
@@ -173,8 +175,8 @@ def ablation() -> Runs:
     alp |= {
         "fixed": {"alp_learn_sigma": False},
         "learned-fast": {"alp_sigma_lr": 1e-2},
-        "absolute-0.02-paper": absolute | {"alp_sigma_init": 0.02, "alp_sigma_lr": 1e-2},
-        "absolute-1e-6-paper": absolute | {"alp_sigma_init": 1e-6},
+        "absolute-0.02": absolute | {"alp_sigma_init": 0.02, "alp_sigma_lr": 1e-2},
+        "absolute-1e-6": absolute | {"alp_sigma_init": 1e-6},
         "first": large | {"alp_layers": "first:2"},
         "middle": large | {"alp_layers": "1-2"},
         "last": large | {"alp_layers": "last:2"},
@@ -183,6 +185,7 @@ def ablation() -> Runs:
     }
     for label, clip in {"0.03": {"epsilon": 0.03, "epsilon_high": 0.04}, **CLIPS}.items():
         alp[f"geometric-{label}"] = {"alp_ratio_level": "sequence_geometric"} | clip
+    alp["geometric-wide-no-noise"] = alp["geometric-wide"] | {"alp_enabled": False}
     for seed in SEEDS:
         for label, change in alp.items():
             settings = arm_settings("alp_token", "wide", rate, **change) | point | {"seed": seed}
@@ -236,7 +239,11 @@ def final(row: dict) -> float:
 
 
 def summed_up(result: dict, window: int = 8) -> dict:
-    """A run with its log in windows of updates: mean, and where the tail matters the largest."""
+    """A run with its log in windows of updates: mean, and where the tail matters the largest.
+
+    `monitored` has the means over the updates in which ALP looks at the ratio without noise, for every arm: what is
+    compared with noise-off figures has to be of rollouts as old.
+    """
     log, curves = result["log"], {}
     names = sorted({name for row in log for name in row} & set(CURVES))
     for name in names:
@@ -245,9 +252,24 @@ def summed_up(result: dict, window: int = 8) -> dict:
             values = [row[name] for row in log[start : start + window] if row.get(name) is not None]
             windows.append([f"{statistics.mean(values):.4g}", f"{max(values):.4g}"] if values else [None, None])
         curves[name] = [[None if v is None else float(v) for v in pair] for pair in windows]
-    return {k: v for k, v in result.items() if k != "log"} | {"window": window, "curves": curves}
+    looked_at = [row for row in log if (row["step"] - 1) % MONITOR["alp_monitor_every"] == 0]
+    monitored = {}
+    for name in sorted({name for row in looked_at for name in row} & {*MONITORED, "entropy"}):
+        values = [row[name] for row in looked_at if row.get(name) is not None]
+        monitored[name] = float(f"{statistics.mean(values):.5g}")
+    return {k: v for k, v in result.items() if k != "log"} | {
+        "window": window,
+        "curves": curves,
+        "monitored": monitored,
+    }
 
 
+# Of every arm, without noise.
+MONITORED = tuple(
+    f"alp/{off}{name}" for off in ("", "noise_off/")
+    for name in ("kl/k3", "fresh/kl/k3", "entropy", "token/log_ratio/p02", "token/log_ratio/p98",
+                 "sequence/log_ratio/p02", "sequence/log_ratio/p98")
+)  # fmt: skip
 # Mean and largest of each are kept.
 CURVES = (
     "reward", "grad_norm", "entropy", "alp/kl/k1", "alp/kl/k3", "alp/token/ess", "alp/sequence/ess",
@@ -311,11 +333,12 @@ def carry_out(stage: str, runs: Runs, folder: Path, jobs: int, deadline: float, 
     once = 1 if stage == "engine" else None  # vLLM leaves things behind in its process
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=once) as pool:
         running = {pool.submit(one, file, folder): file for file in itertools.islice(waiting, jobs)}
-        done = 0
+        done = failed = 0
         while running:
             future = next(as_completed(running))
             file = running.pop(future)
             done += 1
+            failed += bool(future.exception())
             outcome = f"FAILED: {future.exception()!r}" if future.exception() else f"{future.result():.3f}"
             left = (time.time() - start) / done * (len(files) - done) / 60
             print(f"{stage} {done}/{len(files)} {file.stem}: {outcome} ({left:.0f} min left)", flush=True)
@@ -323,6 +346,8 @@ def carry_out(stage: str, runs: Runs, folder: Path, jobs: int, deadline: float, 
                 running[pool.submit(one, following, folder)] = following
     if results is not None:
         sum_up(stage, folder, results)
+    if failed:  # a mean over the others would be of survivors
+        raise SystemExit(f"{failed} runs of the stage `{stage}` failed; the rest is kept.")
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def is_correct(completions: list[str], answer: list[str], **kwargs) -> list[floa
 
 @torch.no_grad()
 def sample(
-    model, prompt_ids: torch.Tensor, eos: int, generator: torch.Generator, greedy: bool = False
+    model, prompt_ids: torch.Tensor, eos: int, generator: torch.Generator
 ) -> tuple[list[list[int]], list[list[float]]]:
     """
     Sample completions at temperature 1, and the log-probs that the model sampled them with.
@@ -92,7 +92,7 @@ def sample(
     while len(tokens) < MAX_COMPLETION_LENGTH and not finished.all():
         logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         scores = logits.log_softmax(-1)  # (B, V)
-        step = scores.argmax(-1, keepdim=True) if greedy else scores.exp().multinomial(1, generator=generator)
+        step = scores.exp().multinomial(1, generator=generator)
         tokens.append(step)
         logprobs.append(scores.gather(-1, step))
         finished |= step[:, 0] == eos
@@ -102,13 +102,13 @@ def sample(
     return ids, logprobs
 
 
-def accuracy(model, tokenizer, problems: list[dict], greedy: bool = False, seed: int = 0) -> float:
+def accuracy(model, tokenizer, problems: list[dict]) -> float:
     """Share of problems answered correctly by one completion each."""
     was_training = model.training
     model.eval()
     prompt_ids = tokenizer([problem["prompt"] for problem in problems], return_tensors="pt")["input_ids"]
-    generator = torch.Generator(model.device).manual_seed(seed)
-    ids, _ = sample(model, prompt_ids, tokenizer.eos_token_id, generator, greedy)
+    generator = torch.Generator(model.device).manual_seed(0)
+    ids, _ = sample(model, prompt_ids, tokenizer.eos_token_id, generator)
     model.train(was_training)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return sum(is_correct(texts, [problem["answer"] for problem in problems])) / len(problems)
