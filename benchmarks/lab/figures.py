@@ -237,9 +237,8 @@ def paired_table() -> str:
             continue
         level = "sequence" if arm == "alp_sequence" else "token"
         measures = (width_of(f"alp/{level}"), width_off(level), off("kl/k3"), off("fresh/kl/k3"), peak_of("alp/kl/k3"))
-        ratios = [factor(noisy, plain, measure) for measure in measures]
-        if arm == "alp_tis":  # its ratio has another denominator than that of `tis`
-            ratios = [""] * len(ratios)
+        # The ratio of `alp_tis` has another denominator than that of `tis`.
+        ratios = ["" if arm == "alp_tis" else factor(noisy, plain, measure) for measure in measures]
         line = [point, arm, f"{rate:g}", f"{sigma:g}", str(len(seeds))]
         line.append(f"{statistics.fmean(final(noisy[seed]) for seed in seeds):.3f}")
         line.append(gain([final(noisy[seed]) - final(plain[seed]) for seed in seeds]))
@@ -321,7 +320,8 @@ def engine_table() -> str:
     for row in finished("engine").values():
         groups.setdefault((row["settings"]["numerics"], row["settings"]["arm"]), []).append(row)
     lines = []
-    for (numerics, arm), rows in sorted(groups.items(), key=lambda group: (len(group[0][0]), *group[0])):
+    order = ["vllm-fp32", "vllm-bf16", "vllm-bf16-fp8kv", *ARMS]
+    for (numerics, arm), rows in sorted(groups.items(), key=lambda group: [order.index(name) for name in group[0]]):
         rate = rows[0]["settings"]["learning_rate"]
         lines.append(
             [numerics, arm, f"{rate:g}", ", ".join(f"{final(row):.3f}" for row in rows), averaged(rows, best)]

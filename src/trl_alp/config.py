@@ -35,7 +35,7 @@ class ALPGRPOConfig(GRPOConfig):
             and 1e-6, both absolute) are no common default: 0.02 is a third of the embedding RMS of a small model, and
             adding 1e-6 to bf16 hidden states changes no bit. 1 % of the RMS means the same in every layer and model.
             It is careful: in our small-scale study (`docs/results.md`) 0.01 changed next to nothing; 0.1
-            narrowed a mismatch of its own size, without a gain in accuracy, and cost some where the mismatch was small.
+            narrowed a mismatch of its own size, without a gain in accuracy, and at a cost where it was small.
         alp_noise_scale (`str`, *optional*, defaults to `"rms"`):
             `"rms"`: noise `sigma * RMS(h) * delta` with the RMS of each token's hidden state, ours. `"absolute"`:
             noise `sigma * delta`, the paper (section 3).
