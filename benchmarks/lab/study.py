@@ -15,6 +15,7 @@ each other: `grid` and all after it use the learning rate and clip range that `t
 """
 
 import argparse
+import functools
 import gzip
 import itertools
 import json
@@ -285,7 +286,12 @@ CURVES = (
 def finished(stage: str) -> dict[str, dict]:
     """What has been summed up of a stage, by name of the run."""
     path = RESULTS / f"{stage}.json.gz"
-    return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
+    return dict(_read(path, path.stat().st_mtime_ns)) if path.exists() else {}
+
+
+@functools.cache
+def _read(path: Path, written: int) -> dict[str, dict]:
+    return json.loads(gzip.decompress(path.read_bytes()))
 
 
 def sum_up(stage: str, folder: Path, results: Path) -> None:
