@@ -33,7 +33,19 @@ def completion_logps(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def measure(model, ids: torch.Tensor, mask: torch.Tensor, scale: str, sigma: float) -> dict[str, float]:
-    """Smallest share of the asked noise that survives in any layer, and the spread of log pi_noisy - log pi."""
+    """
+    Size of the noise, over `DRAWS` draws of it.
+
+    Args:
+        model: In the number format to look at.
+        ids (`torch.Tensor` of shape `(B, PROMPT_LENGTH + T)`): Prompts and completions.
+        mask (`torch.Tensor` of shape `(B, T)`): Which tokens of the completions count.
+        scale, sigma: `alp_noise_scale` and `alp_sigma_init`.
+
+    Returns:
+        `survived`, the smallest share of the asked standard deviation that is left in any layer, and `log_ratio_std`,
+        the standard deviation of log pi_noisy - log pi over tokens, in nats.
+    """
     perturbation = LayerwisePerturbation(model, sigma_init=sigma, sigma_min=sigma, noise_scale=scale)
     clean, gaps, survived = completion_logps(model, ids), [], []
     try:
