@@ -387,34 +387,54 @@ def draw_tune(path: Path) -> None:
     plt.close(figure)
 
 
-def draw_disease(path: Path) -> None:
-    """Runs of Bypass over time, as the mismatch dial turns."""
-    panels = (
-        ("accuracy", None), ("alp/kl/k3", "k3 (policy from behaviour), peak"), ("grad_norm", "gradient norm, peak"),
-        ("alp/sequence/ess", "effective sample size, sequences"),
-    )  # fmt: skip
-    chosen = [
-        (label, row) for label in ("exact-u8", "int5-u8", "int4-u8", "int3-u8", "exact-u32", "exact-u8-lag4")
-        for name, row in finished("disease").items()
-        if name == f"{label}{'' if 'lag' in label else '-lag0'}-bypass_token-s0"
-    ]  # fmt: skip
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
-    for (label, row), colour in zip(chosen, plt.get_cmap("viridis")([i / 5 for i in range(6)]), strict=False):
-        for axis, (name, title) in zip(axes, panels, strict=True):
-            if name == "accuracy":
-                axis.plot(*zip(*row["accuracy"], strict=True), color=colour, label=label)
-                axis.set_title("accuracy on held-out problems")
+# What a figure of the disease shows over time: name, title, and of a window the largest instead of the mean.
+PANELS = (
+    ("accuracy", "accuracy on held-out problems", False), ("grad_norm", "gradient norm, peak", True),
+    ("alp/kl/k1", "k1 (policy from behaviour)", False), ("alp/kl/k3", "k3, peak", True), ("entropy", "entropy", False),
+    ("alp/token/log_ratio", "P2-P98, tokens", False), ("alp/sequence/log_ratio", "P2-P98, sequences", False),
+    ("alp/sequence/ess", "effective sample size, sequences", False),
+)  # fmt: skip
+LOGARITHMIC = ("grad_norm", "alp/kl/k3", "alp/token/log_ratio", "alp/sequence/log_ratio")
+DIALS = {
+    "mismatch": ("exact-u8-lag0", "int5-u8-lag0", "int4-u8-lag0", "gauss-0.3-u8-lag0", "int3-u8-lag0"),
+    "stale": ("exact-u8-lag0", "exact-u32-lag0", "exact-u8-lag1", "exact-u8-lag4"),
+}
+
+
+def over_time(row: dict, name: str, largest: bool) -> tuple[list[float], list[float]]:
+    """Updates, and the value at each."""
+    if name == "accuracy":
+        steps, values = zip(*row["accuracy"], strict=True)
+        return list(steps), list(values)
+    if name.endswith("/log_ratio"):
+        pairs = zip(curve(row, f"{name}/p98"), curve(row, f"{name}/p02"), strict=True)
+        values = [high - low for high, low in pairs]
+    else:
+        values = curve(row, name, largest)
+    return [row["window"] * (i + 1) for i in range(len(values))], values
+
+
+def draw_disease(path: Path, dial: str) -> None:
+    """Uncorrected and Bypass runs over time as a dial turns, mean over seeds."""
+    done = finished("disease")
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    for (label, colour), (arm, style) in itertools.product(
+        zip(DIALS[dial], plt.get_cmap("tab10").colors, strict=False), (("grpo", "-"), ("bypass_token", "--"))
+    ):
+        rows = [row for name, row in done.items() if name.rpartition("-")[0] == f"{label}-{arm}"]
+        for axis, (name, title, largest) in zip(axes.flat, PANELS, strict=True):
+            curves = [over_time(row, name, largest) for row in rows]
+            if not curves:
                 continue
-            values = curve(row, name, largest=name != "alp/sequence/ess")
-            axis.plot([row["window"] * (i + 1) for i in range(len(values))], values, color=colour)
+            values = [statistics.fmean(v) for v in zip(*(v for _, v in curves), strict=True)]
+            axis.plot(curves[0][0], values, style, color=colour, lw=1.2, label=f"{label}, {arm}")
             axis.set_title(title)
-            if name != "alp/sequence/ess":
-                axis.set_yscale("log")
-    for axis in axes:
+            axis.set_yscale("log" if name in LOGARITHMIC else "linear")
+    for axis in axes.flat:
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -488,11 +508,12 @@ def main() -> None:
     if finished("tune"):
         draw_tune(ASSETS / "lab_tune.png")
     if finished("disease"):
-        draw_disease(ASSETS / "lab_disease.png")
+        for dial in DIALS:
+            draw_disease(ASSETS / f"lab_disease_{dial}.png", dial)
     if finished("ablation"):
         draw_ablation(ASSETS / "lab_ablation.png")
     points = {point for point, _ in by_point_and_arm()}
-    for point in points & {"mismatch_beyond", "stale_beyond"}:
+    for point in points - {"healthy"}:
         draw_curves(ASSETS / f"lab_{point}.png", point)
     if len(points) > 1:
         draw_grid(ASSETS / "lab_grid.png")
