@@ -8,9 +8,9 @@
 #
 #   sbatch --nodes=2 --export=ALL,VLLM_NODES=1 examples/slurm.sh examples/configs/single_turn/alp_sequence.yaml
 #
-# the last node runs vLLM on all its GPUs and the other one trains. What follows the recipe goes to train_alp.py, and
-# before what the recipe says. ACCELERATE_CONFIG is the file of examples/accelerate_configs to start from; the numbers
-# of machines and GPUs come from Slurm.
+# the last node runs vLLM on all its GPUs and the other one trains. Options after the recipe override it. The launch line
+# in the recipe's head says which script trains it, and whether it is sharded (ZeRO, FSDP2) or DDP is enough;
+# ACCELERATE_CONFIG is another file of examples/accelerate_configs. The numbers of machines and GPUs come from Slurm.
 #
 #SBATCH --job-name=trl-alp
 #SBATCH --nodes=2
@@ -23,7 +23,6 @@ set -euo pipefail
 
 recipe=${1:?usage: sbatch examples/slurm.sh RECIPE [OPTION...]}
 shift
-accelerate_config=${ACCELERATE_CONFIG:-examples/accelerate_configs/multi_node.yaml}
 vllm_nodes=${VLLM_NODES:-0}
 gpus=${SLURM_GPUS_ON_NODE:-8}
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -32,6 +31,11 @@ if ((vllm_nodes > 1 || training_nodes < 1)); then
     echo "VLLM_NODES=$vllm_nodes of ${#nodes[@]} nodes: it must be 0 or 1, and leave a node to train on." >&2
     exit 1
 fi
+
+launch_line=$(sed -n 's/^# Launch: //p' "$recipe")
+script=$(grep -o 'examples/[a-z_]*\.py' <<< "$launch_line" || echo examples/train_alp.py)
+sharded=$(grep -o 'examples/accelerate_configs/\(zero[23]\|fsdp2\)\.yaml' <<< "$launch_line" || true)
+accelerate_config=${ACCELERATE_CONFIG:-${sharded:-examples/accelerate_configs/multi_node.yaml}}
 
 generation=(--vllm_mode colocate)
 if ((vllm_nodes == 1)); then
@@ -53,4 +57,4 @@ srun --nodes="$training_nodes" --ntasks="$training_nodes" --ntasks-per-node=1 --
     --config_file "$accelerate_config" \
     --num_machines "$training_nodes" --num_processes $((training_nodes * gpus)) \
     --main_process_ip "${nodes[0]}" --main_process_port "${MASTER_PORT:-29500}" \
-    examples/train_alp.py --config "$recipe" "${generation[@]}" "$@"
+    "$script" --config "$recipe" "${generation[@]}" "$@"

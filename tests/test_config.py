@@ -91,6 +91,10 @@ def test_bad_values_fail_at_construction(tmp_path, settings, message):
         ({"top_k": 20, "min_p": 0.1}, "WARNING", "top_k=20, min_p=0.1"),
         ({"generation_kwargs": {"top_p": 0.8}}, "WARNING", "top_p=0.8"),
         ({"repetition_penalty": 1.1}, "WARNING", "repetition_penalty=1.1"),
+        ({"vllm_structured_outputs_regex": "[0-9]+"}, "WARNING", "vllm_structured_outputs_regex=[0-9]+: "),
+        ({"generation_kwargs": {"presence_penalty": 1.0}}, "WARNING", "`presence_penalty=0.0`"),
+        ({"generation_kwargs": {"temperature": 0.7}}, "WARNING", "`temperature=1.0`"),
+        ({"generation_kwargs": {"logit_bias": {5: -100}}}, "WARNING", "logit_bias={5: -100}"),
     ],
 )
 def test_odd_values_are_told(tmp_path, caplog, settings, level, message):
@@ -99,8 +103,11 @@ def test_odd_values_are_told(tmp_path, caplog, settings, level, message):
     assert record.levelname == level and message in record.getMessage()
 
 
-def test_defaults_are_silent(tmp_path, caplog):
-    tiny.config(tmp_path)
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.7, "generation_kwargs": {"temperature": 0.7, "top_k": -1, "seed": 3}}]
+)
+def test_what_samples_from_the_full_distribution_is_silent(tmp_path, caplog, settings):
+    tiny.config(tmp_path, **settings)
     assert not [r for r in caplog.records if r.name.startswith("trl_alp")]
 
 

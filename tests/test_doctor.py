@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -25,7 +26,7 @@ from trl import GRPOTrainer
 from trl_alp.doctor import __main__ as doctor
 from trl_alp.doctor.counterfactuals import processed, scaled_adapter, score_as_trl, without_adapter
 from trl_alp.doctor.diagnosis import diagnose
-from trl_alp.doctor.engines import GenerationSetting, Samples, TransformersEngine, plain_copy
+from trl_alp.doctor.engines import GenerationSetting, Samples, TransformersEngine, VLLMEngine, plain_copy
 
 
 TOKENIZER = tiny.tokenizer()
@@ -525,3 +526,11 @@ def test_commands_of_the_docs_parse():
     assert len(commands) == 3
     for line in commands:
         doctor._parser().parse_args(shlex.split(line))
+
+
+def test_a_sleeping_engine_is_an_error_and_is_not_waited_for():
+    engine = VLLMEngine.__new__(VLLMEngine)
+    engine.llm = SimpleNamespace(llm_engine=SimpleNamespace(is_sleeping=lambda: True))
+    for ask in (lambda: engine.sample(["1+1="], GenerationSetting(), 0), lambda: engine.score([[1]], [[2]])):
+        with pytest.raises(RuntimeError, match="engine sleeps .*`vllm_enable_sleep_mode=False`"):
+            ask()

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_alp import instrument
-from trl_alp.instruments import FRESH_HEALTH, UPDATE_HEALTH, Instruments
+from trl_alp.instruments import FRESH_HEALTH, UNSCORED_HEALTH, UPDATE_HEALTH, Instruments
 
 
 COLUMNS = ["step", "policy", "probability_low", "probability_high", "tokens"]
@@ -338,14 +338,14 @@ CROSSINGS = {
 def test_a_crossed_bound_is_warned_about_once_with_its_source_and_a_way_out(tmp_path, caplog, metric):
     gap, side = CROSSINGS[metric]
     metric = metric.strip()
-    (bound, *_) = [b for b in FRESH_HEALTH + UPDATE_HEALTH if b.metric == metric]
+    (bound, *_) = [b for b in FRESH_HEALTH + UNSCORED_HEALTH + UPDATE_HEALTH if b.metric == metric]
     instruments = instruments_at(tmp_path)
-    staleness = 0 if bound in FRESH_HEALTH else 3
+    staleness = 3 if bound in UPDATE_HEALTH else 0
     record(instruments, gap, staleness).flush(1)
     assert len(re.findall(rf"alp/{metric}=\S+ is {side} \({re.escape(bound.source)}\)", caplog.text)) == 1
     assert "trl-alp-doctor" in caplog.text
-    advice = "These rollouts are fresh" if bound in FRESH_HEALTH else "take fewer updates"
-    assert advice in caplog.text
+    advice = {FRESH_HEALTH: "These rollouts are fresh", UNSCORED_HEALTH: "left out of the ratio"}
+    assert next((text for bounds, text in advice.items() if bound in bounds), "take fewer updates") in caplog.text
     record(instruments, gap, staleness).flush(2)
     assert len(caplog.records) == 1
 
@@ -392,6 +392,25 @@ def test_noise_is_not_taken_for_a_fault_of_the_engine(tmp_path, caplog):
     instruments = record(instruments_at(tmp_path, perturbed=True), gaps(0.01), policy="noise_off")
     record(instruments, gaps(0.1, mean=-0.2)).flush(1)
     assert "kl/k1" in caplog.text and "alp_monitor_every" not in caplog.text
+
+
+def test_an_infinite_log_prob_is_left_out_of_the_fresh_metrics_too(tmp_path):
+    gap = gaps(0.01)
+    whole = record(instruments_at(tmp_path), gap).flush(1)
+    gap[0, 0] = math.inf
+    partly = record(instruments_at(tmp_path), gap).flush(1)
+    assert partly["alp/unscored_tokens"] == 1
+    for name in ("kl/k1", "kl/k3", "token/mult_prob_error"):
+        assert partly[f"alp/fresh/{name}"] == pytest.approx(partly[f"alp/{name}"])
+        assert partly[f"alp/fresh/{name}"] == pytest.approx(whole[f"alp/fresh/{name}"], rel=0.2)
+
+
+def test_tokens_without_a_log_prob_are_told_of_whatever_the_noise(tmp_path, caplog):
+    few = torch.where(torch.arange(64) < 8, math.nan, 0.0).expand(64, 64)
+    record(instruments_at(tmp_path, perturbed=True), few, staleness=2).flush(1)
+    (warning,) = caplog.records
+    assert "alp/unscored_share=0.125 is above 0.1" in warning.getMessage()
+    assert "left out of the ratio" in warning.getMessage()
 
 
 def test_a_policy_that_disagrees_with_itself_is_told_of_dropout_and_not_of_an_engine(tmp_path, caplog):

@@ -18,7 +18,8 @@ import torch
 import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from test_examples import GSM8K, ROOT, load
 from trl import GRPOTrainer
 
@@ -579,6 +580,27 @@ def test_slurm_starts_one_launcher_on_each_node_with_the_ranks_and_numbers_of_th
         options = launched.training_script_args
         _, args, _ = load("train_alp.py").parse_arguments([*options, "--use_cpu", "true", "--bf16", "false"])
         assert (args.vllm_mode, args.gradient_accumulation_steps, args.steps_per_generation) == ("colocate", 4, 64)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "script", "launcher"),
+    [("tool_math", "tool_math.py", "zero3"), ("qwen3_4b_token", "train_alp.py", "zero3"),
+     ("staleness", "train_alp.py", "multi_node")],
+)  # fmt: skip
+def test_slurm_runs_the_script_and_the_sharding_that_the_recipe_names(tmp_path, recipe, script, launcher):
+    done, lines = run_slurm(tmp_path, ["n1", "n2"], [f"examples/configs/{recipe}.yaml"])
+    assert done.returncode == 0, done.stderr
+    for rank, (_, _, _, *words) in enumerate(lines):
+        launched = launch_command_parser().parse_args(words)
+        assert launched.training_script == f"examples/{script}"
+        assert launched.config_file == f"examples/accelerate_configs/{launcher}.yaml"
+        launched, *_ = _validate_launch_command(launched)
+        assert (launched.machine_rank, launched.num_machines, launched.num_processes) == (rank, 2, 16)
+        if launcher == "zero3":  # pdsh, accelerate's default, would start two runs that know nothing of each other
+            launched.deepspeed_fields_from_accelerate_config = ""  # what `accelerate launch` fills in itself
+            command, _ = prepare_deepspeed_cmd_env(launched)
+            assert command is None  # torchrun, which accelerate starts within its process
+            assert (launched.nnodes, launched.node_rank) == ("2", rank)
 
 
 def test_slurm_serves_the_recipes_model_on_the_last_node_and_ends_the_server_with_the_training(tmp_path):

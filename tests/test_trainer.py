@@ -4,6 +4,7 @@ import math
 import os
 import re
 import types
+from collections import Counter
 
 import pytest
 import reference
@@ -16,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
 from trl_alp.perturbation import noise_seed
 from trl_alp.ratio import LEVELS
+from trl_alp.trainer import is_monitored
 
 
 STOCK_DEFAULTS = {
@@ -260,7 +262,8 @@ def test_without_the_engines_log_probs_the_denominator_is_the_unperturbed_policy
 
 @pytest.mark.parametrize("settings", [{}, OFF_POLICY, {"gradient_accumulation_steps": 2, "steps_per_generation": 1}])
 def test_no_old_policy_forward_with_the_engines_log_probs_at_hand(tmp_path, monkeypatch, settings):
-    trainer = tiny.trainer(tmp_path, rollout_func=tiny.rollout_func(), max_steps=4, **settings)
+    settings = {"rollout_func": tiny.rollout_func(), "max_steps": 4, "alp_monitor_every": 0} | settings
+    trainer = tiny.trainer(tmp_path, **settings)
     seen = forwards(trainer, monkeypatch)
     trainer.train()
     assert seen == [(True, True)] * 4 * settings.get("gradient_accumulation_steps", 1)
@@ -490,6 +493,33 @@ def test_stopping_and_resuming_equals_an_uninterrupted_run(tmp_path, settings):
     assert_equal(ours["optimizer"]["state"][0], theirs["optimizer"]["state"][0])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps_per_generation": 8},
+        {"steps_per_generation": 2},
+        {"num_iterations": 2},
+        {"gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 4, "steps_per_generation": 8},
+    ],
+)
+def test_resuming_with_other_batches_of_rollouts_samples_anew_with_a_warning(tmp_path, monkeypatch, caplog, change):
+    settings = {"save_strategy": "steps", "save_steps": 4, "steps_per_generation": 4}
+    tiny.trainer(tmp_path, max_steps=4, **settings).train()  # all updates of its rollouts are done
+    resumed = tiny.trainer(tmp_path, max_steps=6, **settings | change)
+    generated = []
+    generate = ALPGRPOTrainer._generate_and_score_completions
+    monkeypatch.setattr(
+        ALPGRPOTrainer,
+        "_generate_and_score_completions",
+        lambda self, inputs: generated.append(self.state.global_step) or generate(self, inputs),
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert generated[0] == 4 and resumed.state.log_history[-2]["alp/staleness"] > 0
+    name, value = next(iter(change.items()))
+    assert f"{name}={value}" in re.search(r"No buffered rollouts of (.*): the run goes on", caplog.text)[1]
+
+
 def test_state_is_in_each_checkpoint_and_survives_rotation(tmp_path):
     trainer = tiny.trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3, save_total_limit=1)
     trainer.train()
@@ -607,6 +637,21 @@ def test_empty_completion_from_a_rollout_func_is_a_value_error(tmp_path):
         trainer.train()
 
 
+def test_a_rollout_func_may_return_tensors(tmp_path):
+    def rollout(batch, trainer):
+        output = tiny.rollout_func()(["1+1="] * len(batch), trainer)
+        length = min(map(len, output["completion_ids"]))
+        return {
+            "prompt_ids": torch.tensor(output["prompt_ids"]),
+            "completion_ids": torch.tensor([row[:length] for row in output["completion_ids"]]),
+            "logprobs": [row[:length] for row in output["logprobs"]],
+        }
+
+    trainer = tiny.trainer(tmp_path, rollout_func=rollout)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_empty_prompt_from_a_rollout_func_is_a_value_error(tmp_path):
     def rollout(batch, trainer):
         return tiny.rollout_func()(batch, trainer) | {"prompt_ids": [[] for _ in batch]}
@@ -683,6 +728,14 @@ def test_fp16_with_deepspeed_is_an_error_at_construction(tmp_path):
         tiny.trainer(tmp_path, args=args)
 
 
+def test_deterministic_cumulative_ratios_on_a_gpu_are_an_error_at_construction(tmp_path, monkeypatch):
+    args = tiny.config(tmp_path, alp_ratio_level="cumulative_token")
+    args.full_determinism = True
+    monkeypatch.setattr(ALPGRPOConfig, "device", torch.device("cuda", 0))
+    with pytest.raises(ValueError, match=r"full_determinism=True with alp_ratio_level='cumulative_token'"):
+        tiny.trainer(tmp_path, args=args)
+
+
 def test_fp16_on_a_cpu_is_an_error_at_construction(tmp_path):
     with pytest.raises(ValueError, match=r"fp16=True on a cpu is not supported.*bf16=True"):
         tiny.trainer(tmp_path, fp16=True, bf16=None)
@@ -739,6 +792,7 @@ MONITORED += ["clip/low", "clip/high", "clip/dual", "clip/fresh"]
 MONITORED += ["fresh/kl/k1", "fresh/kl/k3", "fresh/token/mult_prob_error"]
 METRICS = [f"alp/{name}" for name in MONITORED] + ["alp/staleness", "alp/sigma/grad_norm", "alp/noise_off/entropy"]
 METRICS += [f"alp/{n}/{s}" for n in ("sigma", "noise/effective") for s in ("mean", "min", "max")]
+METRICS += ["alp/noise/kl/k3"]
 METRICS += [f"alp/sigma/{name}layer_0{layer}" for name in ("", "grad/") for layer in (0, 1)]
 PER_ROLLOUT = ["alp/unscored_rewards"]
 
@@ -764,7 +818,8 @@ def test_metrics_equal_those_computed_by_hand(tmp_path, monkeypatch, level):
         scored.append(out[0].detach().clone())
         return out
 
-    trainer = tiny.trainer(tmp_path, max_steps=1, rollout_func=tiny.rollout_func(0.5), alp_ratio_level=level)
+    settings = {"rollout_func": tiny.rollout_func(0.5), "alp_ratio_level": level, "alp_monitor_every": 0}
+    trainer = tiny.trainer(tmp_path, max_steps=1, **settings)
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", recorded)
     trainer.train()
     (batch,), (p,), row = trainer._buffered_inputs, scored, trainer.state.log_history[0]
@@ -830,8 +885,27 @@ def test_a_logging_window_is_measured_as_a_whole(tmp_path):
 def test_the_last_steps_are_measured_when_they_fill_no_window(tmp_path):
     trainer = tiny.trainer(tmp_path, max_steps=3, logging_steps=2)
     trainer.train()
-    first, last = trainer.state.log_history
+    first, last, _ = trainer.state.log_history
     assert "alp/kl/k3" in first and "alp/kl/k3" in last and last["step"] == 3
+
+
+def test_the_last_steps_are_logged_when_the_run_ends_with_an_evaluation(tmp_path):
+    settings = {
+        "eval_dataset": tiny.prompts(4),
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "per_device_eval_batch_size": 4,
+    }
+    trainer = tiny.trainer(tmp_path, max_steps=3, logging_steps=2, **settings)
+    trainer.train()
+    measured = [row["step"] for row in trainer.state.log_history if "alp/kl/k3" in row]
+    assert measured == [2, 3]
+
+
+def test_a_run_that_does_not_log_is_not_made_to(tmp_path):
+    trainer = tiny.trainer(tmp_path, logging_strategy="no")
+    trainer.train()
+    assert not [row for row in trainer.state.log_history if "loss" in row]
 
 
 def test_monitor_scores_once_every_so_many_steps_and_leaves_the_run_unchanged(tmp_path, monkeypatch):
@@ -841,8 +915,41 @@ def test_monitor_scores_once_every_so_many_steps_and_leaves_the_run_unchanged(tm
         trainer.train()
         runs.append(tiny.parameters(trainer.model))
         logged = ["alp/noise_off/kl/k3" in row for row in trainer.state.log_history[:-1]]
-        assert logged == ([False] * 4 if every == 0 else [True, False, True, False])
+        assert logged == ([False] * 4 if every == 0 else [True, False, False, True])
     assert_equal(*runs)
+
+
+@pytest.mark.parametrize("every", [1, 2, 4, 5, 10, 16])
+def test_monitor_looks_once_in_a_window_and_at_rollouts_of_every_age(every):
+    steps = [step for step in range(1000 * every) if is_monitored(step, every)]
+    assert [step // every for step in steps] == list(range(1000)) and steps[0] == 0
+    for updates_per_batch in (2, 3, 8, 10, 16):
+        seen = Counter(step % updates_per_batch for step in steps)
+        assert all(0.8 < seen[age] * updates_per_batch / 1000 < 1.2 for age in range(updates_per_batch))
+
+
+def test_the_noise_is_measured_by_itself_on_the_tokens_that_are_monitored(tmp_path, monkeypatch):
+    seen = {}
+    original = ALPGRPOTrainer._set_denominator
+
+    def spy(trainer, logps, noise_off):
+        seen["gap"], seen["mask"] = logps.detach() - noise_off[0], trainer._update.mask.bool()
+        return original(trainer, logps, noise_off)
+
+    monkeypatch.setattr(ALPGRPOTrainer, "_set_denominator", spy)
+    trainer = tiny.trainer(tmp_path, alp_monitor_every=1, max_steps=1, alp_sigma_init=0.1)
+    trainer.train()
+    gap = seen["gap"][seen["mask"]]
+    row = trainer.state.log_history[0]
+    assert row["alp/noise/kl/k3"] == pytest.approx((gap.exp() - 1 - gap).mean().item(), rel=1e-4)
+    assert row["alp/noise/kl/k3"] > 1e-6
+
+
+def test_the_size_of_the_noise_is_not_reported_where_it_was_not_measured(tmp_path):
+    for settings in ({"alp_monitor_every": 0}, {"alp_enabled": False}):
+        trainer = tiny.trainer(tmp_path, max_steps=1, **settings)
+        trainer.train()
+        assert "alp/noise/kl/k3" not in trainer.state.log_history[0]
 
 
 def test_monitor_of_an_on_policy_batch_sees_ratio_one(tmp_path):

@@ -72,10 +72,11 @@ class ALPGRPOConfig(GRPOConfig):
 
         > Parameters that control the logging
 
-        alp_monitor_every (`int`, *optional*, defaults to `0`):
-            Every so many optimiser steps, score one micro-batch once more without gradient and without noise, and log
-            the noise-off ratio under `alp/noise_off/`, so that noise and training-inference mismatch can be told
-            apart. `0` turns it off. Costs one forward of that micro-batch.
+        alp_monitor_every (`int`, *optional*, defaults to `10`):
+            In every so many optimiser steps, once score one micro-batch once more without gradient and without noise,
+            and log the noise-off ratio under `alp/noise_off/` and the size of the noise as `alp/noise/kl/k3`, so that
+            noise and training-inference mismatch can be told apart. Costs one forward of that micro-batch. `0` turns
+            it off, and with it the warnings about the inference engine.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -178,10 +179,10 @@ class ALPGRPOConfig(GRPOConfig):
         },
     )
     alp_monitor_every: int = field(
-        default=0,
+        default=10,
         metadata={
-            "help": "Every so many optimiser steps, score one micro-batch once more without noise, and log its ratio "
-            "under `alp/noise_off/`. 0 turns it off."
+            "help": "In every so many optimiser steps, once score one micro-batch once more without noise, and log "
+            "its ratio under `alp/noise_off/`. 0 turns it off, and with it the warnings about the inference engine."
         },
     )
 
@@ -235,12 +236,25 @@ class ALPGRPOConfig(GRPOConfig):
                 "the noise inside it, and so narrow a range may clip those instead of the update. The paper uses "
                 "`epsilon=0.5, epsilon_high=3.0`."
             )
-        sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-        sampling |= {name: value for name, value in (self.generation_kwargs or {}).items() if name in sampling}
-        full = {"top_p": (1.0, None), "top_k": (0, -1, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None)}
-        if truncated := [f"{name}={value}" for name, value in sampling.items() if value not in full[name]]:
+        self._warn_about_other_distributions()
+
+    def _warn_about_other_distributions(self) -> None:
+        """Warn of sampling options that make the completions come from another distribution than the one scored."""
+        full = {
+            "top_p": (1.0, None), "top_k": (0, -1, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None),
+            "vllm_structured_outputs_regex": (None,),
+            # Of `generation_kwargs`, with vLLM's and transformers' names.
+            "temperature": (self.temperature, None), "presence_penalty": (0.0, None), "frequency_penalty": (0.0, None),
+            "typical_p": (1.0, None), "no_repeat_ngram_size": (0, None), "min_tokens": (0, None),
+            "min_new_tokens": (0, None), "logit_bias": (None,), "bad_words": (None,), "bad_words_ids": (None,),
+            "allowed_token_ids": (None,), "structured_outputs": (None,),
+        }  # fmt: skip
+        sampling = {name: getattr(self, name) for name in full if hasattr(self, name)}
+        sampling |= {name: value for name, value in (self.generation_kwargs or {}).items() if name in full}
+        if changed := {name: value for name, value in sampling.items() if value not in full[name]}:
             logger.warning(
-                f"{', '.join(truncated)}: completions are sampled from a truncated or reweighted distribution, so the "
-                "importance ratio against it is biased by the probability mass that was cut off. For an unbiased "
-                "ratio, sample from the full distribution: `top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0`."
+                f"{', '.join(f'{name}={value}' for name, value in changed.items())}: completions are sampled from a "
+                "truncated or reweighted distribution, so the importance ratio against it is biased by the "
+                "probability mass that was cut off. For an unbiased ratio, sample from the full distribution: "
+                f"`{', '.join(f'{name}={full[name][0]}' for name in changed)}`."
             )

@@ -48,6 +48,9 @@ class _Bound:
 FRESH_HEALTH = (
     _Bound("fresh/token/mult_prob_error", 1.05, "NeMo-RL, docs/adding-new-models.md"),
     _Bound("fresh/kl/k1", 0.01, "Tinker, docs/rl/rl-hyperparams", lowest=-0.01),
+)
+# Held against whatever was measured: noise and updates leave no log-prob out.
+UNSCORED_HEALTH = (
     _Bound("unscored_share", 0.1, "trl_alp: single tokens without log-prob are usual in vLLM, a tenth is not"),
 )
 # Held against the policy of the update, however many updates its rollouts have seen.
@@ -140,7 +143,9 @@ class Instruments:
         """Pool one micro-batch of a policy; `staleness` is the number of updates since its rollouts were sampled,
         `engine` whether an inference engine reported the behaviour log-probs, and the rest as in
         [`MismatchMeter.update`]."""
-        gap = (logps.detach() - behaviour_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        gap = logps.detach() - behaviour_logps
+        # The clamp would make a number of an infinite gap.
+        gap = torch.where(torch.isfinite(gap), gap, torch.nan).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         fresh = mask * (staleness == 0)
         means = {
             **(means or {}),
@@ -222,10 +227,13 @@ class Instruments:
     def _check_health(self, measured: dict[str, Mismatch]) -> None:
         # The engine is seen best in the policy that has neither noise nor updates in it.
         clean = [name for name in ("noise_off", "old", "update") if name in measured]
+        unscored = [line for name in clean[-1:] for line in self._crossed(name, measured[name], UNSCORED_HEALTH)]
         if self.perturbed and "update" in clean:
             clean.remove("update")
         engine = [line for name in clean[:1] for line in self._crossed(name, measured[name], FRESH_HEALTH)]
         update = self._crossed("update", measured["update"], UPDATE_HEALTH) if "update" in measured else []
+        if unscored:
+            logger.warning("; ".join(unscored) + ". " + _UNSCORED_ADVICE)
         if engine:
             logger.warning("; ".join(engine) + ". " + (_ENGINE_ADVICE if self._engine else _NO_ENGINE_ADVICE))
         if update:
@@ -255,6 +263,10 @@ _ENGINE_ADVICE = (
 _NO_ENGINE_ADVICE = (
     "These rollouts are fresh and no engine reported log-probs: one policy scored the same tokens twice and disagrees "
     "with itself. Usually this is dropout: set `disable_dropout=True`, and `lora_dropout=0`."
+)
+_UNSCORED_ADVICE = (
+    "Tokens whose log-prob is not finite, the policy's or the behaviour policy's, are left out of the ratio; so many "
+    "are a fault. Look at the `logprobs` that the engine or the `rollout_func` returns, or run `trl-alp-doctor`."
 )
 _NOISE_ADVICE = "The noise is part of it; `alp_monitor_every=10` logs the ratio without noise beside it. "
 _UPDATE_ADVICE = (

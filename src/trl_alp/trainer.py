@@ -36,6 +36,7 @@ _CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _INERT_NOISE = 0.1
 # With a narrow clip range: share of tokens clipped before any update since their generation that earns a warning.
 _CLIPPED_MISMATCH = 0.1
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # its fractional part, times 2**64
 
 
 class ALPGRPOTrainer(GRPOTrainer):
@@ -111,6 +112,11 @@ class ALPGRPOTrainer(GRPOTrainer):
                 else ("on a cpu", "accelerate would train in fp32 without saying so")
             )
             raise ValueError(f"fp16=True {backend} is not supported: {reason}. Set `bf16=True`, or neither for fp32.")
+        if args.full_determinism and args.alp_ratio_level.startswith("cumulative") and args.device.type == "cuda":
+            raise ValueError(
+                f"full_determinism=True with alp_ratio_level={args.alp_ratio_level!r} is not supported on a GPU: "
+                "torch has no deterministic cumulative sum there. Use another level, or `full_determinism=False`."
+            )
         # TRL replaces names of reward models, and appends environments' rewards, in the list it is given.
         reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs
         super().__init__(model, reward_funcs, args, *other, **kwargs)
@@ -202,9 +208,12 @@ class ALPGRPOTrainer(GRPOTrainer):
             return
         if self.args.alp_enabled and self.args.logging_strategy != "no":
             self._noise.append(torch.stack([self.perturbation.sigma, self.perturbation.effective_noise()]))
-        self._record("update", logps, reported)
+        plain_logps, entropies = (logps.detach(), None) if noise_off is None else noise_off
+        noise_gap = (logps.detach() - plain_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        noise_k3 = noise_gap.expm1() - noise_gap, mask * (noise_off is not None)
+        self._record("update", logps, reported, {"noise/kl/k3": noise_k3})
         if noise_off is not None:
-            self._record("noise_off", noise_off[0], reported, entropies=noise_off[1])
+            self._record("noise_off", plain_logps, reported, {"entropy": (entropies, mask)})
 
     @contextmanager
     def _dual_clip(self, advantages: torch.Tensor) -> Iterator[None]:
@@ -299,8 +308,7 @@ class ALPGRPOTrainer(GRPOTrainer):
         return logps
 
     def _monitor_is_due(self) -> bool:
-        every = self.args.alp_monitor_every
-        if not every or not self.args.alp_enabled or self.state.global_step % every:
+        if not self.args.alp_enabled or not is_monitored(self.state.global_step, self.args.alp_monitor_every):
             return False
         return self._step % self.current_gradient_accumulation_steps == 0  # once per optimiser step
 
@@ -384,7 +392,7 @@ class ALPGRPOTrainer(GRPOTrainer):
             "updates": self._updates,
             "generated_at": self._generated_at,
             "buffered_inputs": self._buffered_inputs,
-            "num_processes": self.accelerator.num_processes,
+            "layout": self._rollout_layout(),
         }
         _save(rollouts, os.path.join(output_dir, ROLLOUTS_NAME.format(self.accelerator.process_index)))
         if self.args.should_save and self.args.alp_enabled:
@@ -405,16 +413,23 @@ class ALPGRPOTrainer(GRPOTrainer):
             if self.args.alp_enabled:
                 self._load_sigma(os.path.join(checkpoint, STATE_NAME))
 
+    def _rollout_layout(self) -> dict[str, int]:
+        """How the buffered rollouts are cut into micro-batches, and when they are used up."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+        layout = {name: getattr(self.args, name) for name in names}
+        return layout | {"num_iterations": self.num_iterations, "num_processes": self.accelerator.num_processes}
+
     def _load_rollouts(self, path: str) -> None:
         """Take up the buffered rollouts where the checkpoint was written; TRL alone would sample anew."""
         rollouts = _load(path, "start from freshly sampled rollouts")
-        found = rollouts is not None and rollouts["num_processes"] == self.accelerator.num_processes
-        if not all(gather_object([found])):
+        layout = self._rollout_layout()
+        if not all(gather_object([rollouts is not None and rollouts.get("layout") == layout])):
             logger.warning(
-                f"No buffered rollouts of {self.accelerator.num_processes} process(es) at {path}: the run goes on "
-                "with freshly sampled ones, and equals an uninterrupted run only if the checkpoint was written when "
-                "all updates of a batch of rollouts were done."
+                f"No buffered rollouts of {', '.join(f'{name}={value}' for name, value in layout.items())} at {path}: "
+                "the run goes on with freshly sampled ones, and equals an uninterrupted run only if the checkpoint "
+                "was written when all updates of a batch of rollouts were done."
             )
+            self._step, self._buffered_inputs = 0, None
             return
         self._step = rollouts["step"]
         self._updates, self._generated_at = rollouts["updates"], rollouts["generated_at"]
@@ -450,12 +465,15 @@ class ALPGRPOTrainer(GRPOTrainer):
     # ---- Metrics ----
 
     def _record(
-        self, policy: str, logps: torch.Tensor, behaviour_logps: torch.Tensor, entropies: torch.Tensor | None = None
+        self,
+        policy: str,
+        logps: torch.Tensor,
+        behaviour_logps: torch.Tensor,
+        means: dict[str, tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
-        """Pool the statistics of one micro-batch; all tensors are (B, T)."""
+        """Pool the statistics of one micro-batch, and further means (values, weights); all tensors are (B, T)."""
         mask = self._update.mask
         staleness = self._updates - self._generated_at
-        means = {} if entropies is None else {"entropy": (entropies, mask)}
         if self.loss_type in _CLIPPED_LOSSES:
             gap = log_probability_gap(logps.detach(), behaviour_logps, mask)
             ratio = raw_log_ratio(gap, mask, self.instruments.level).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -464,7 +482,7 @@ class ALPGRPOTrainer(GRPOTrainer):
             low = (advantages < 0) & (ratio < 1 - self.epsilon_low)
             high = (advantages > 0) & (ratio > 1 + self.epsilon_high)
             dual = (advantages < 0) & (ratio > (torch.inf if self.args.delta is None else self.args.delta))
-            means |= {"clip/low": (low, mask), "clip/high": (high, mask), "clip/dual": (dual, mask)}
+            means = means | {"clip/low": (low, mask), "clip/high": (high, mask), "clip/dual": (dual, mask)}
             # Before any update since the generation it is mismatch and noise that are clipped.
             means["clip/fresh"] = (low | high, mask * (staleness == 0))
         engine = "sampling_per_token_logps" in self._update.given
@@ -567,12 +585,28 @@ class _Instrumentation(TrainerCallback):
             metrics |= self.further_metrics(metrics)
         for name, value in metrics.items():
             self.trainer._metrics["train"][name].append(value)
+        if args.logging_strategy != "no":  # the last window too; an evaluation at the end would make it its own
+            control.should_log = True
+        return control
 
     on_epoch_end = on_step_end  # where `logging_strategy="epoch"` logs
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.trainer.instruments.append(state.log_history[-1])
+
+
+def is_monitored(step: int, every: int) -> bool:
+    """
+    Whether the update after `step` optimiser steps is one that `alp_monitor_every` looks at.
+
+    One in each window of `every` steps, at a place that moves on by the golden ratio: at fixed places the age of the
+    rollouts would be the same again and again wherever `every` and the updates per batch of rollouts share a divisor.
+    """
+    if every == 0:
+        return False
+    window, place = divmod(step, every)
+    return place == (window * _GOLDEN_RATIO % 2**64 * every) >> 64
 
 
 def _instruments(trainer: GRPOTrainer, level: str, perturbed: bool) -> Instruments:
@@ -709,12 +743,12 @@ def _checked(rollout_func: Callable) -> Callable:
     def checked(prompts, trainer):
         output = rollout_func(prompts, trainer)
         completions, logprobs = output.get("completion_ids"), output.get("logprobs")
-        if any(len(prompt) == 0 for prompt in output.get("prompt_ids") or []):
+        if any(len(prompt) == 0 for prompt in output.get("prompt_ids", ())):
             raise ValueError(
                 "rollout_func returned an empty prompt (in `prompt_ids`). The first token of its completion would be "
                 "scored from padding; return at least one token, for example the beginning-of-sequence token."
             )
-        for index, completion in enumerate(completions or []):
+        for index, completion in enumerate(completions if completions is not None else ()):
             if len(completion) == 0:
                 raise ValueError(
                     f"rollout_func returned an empty completion (`completion_ids[{index}]`). Return at least one "

@@ -241,6 +241,8 @@ class VLLMEngine:
     Args:
         llm (`vllm.LLM`):
             The engine. TRL runs its own with `logprobs_mode="processed_logprobs"`.
+
+    `sample` and `score` raise a `RuntimeError` if the engine sleeps.
     """
 
     def __init__(self, llm):
@@ -251,7 +253,16 @@ class VLLMEngine:
         self.quantization = config.model_config.quantization
         self.logprobs_mode = config.model_config.logprobs_mode
 
+    def _check_awake(self):
+        # It would take requests and never answer.
+        if self.llm.llm_engine.is_sleeping():
+            raise RuntimeError(
+                "The engine sleeps and has thrown its weights away, so there is nothing to examine. In a run of TRL, "
+                "set `vllm_enable_sleep_mode=False` for the diagnosis."
+            )
+
     def sample(self, prompts, setting, seed):
+        self._check_awake()
         from vllm import SamplingParams
 
         parameters = [
@@ -279,6 +290,7 @@ class VLLMEngine:
         )
 
     def score(self, prompt_ids, completion_ids):
+        self._check_awake()
         from vllm import SamplingParams
 
         rows = [list(p) + list(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
