@@ -11,7 +11,7 @@ One GPU, LoRA, generation by transformers:
 
 It needs `pip install ".[examples]"` in a clone (`math-verify`, and `peft` for LoRA). Generation by vLLM on the same
 GPU: add `--use_vllm --vllm_mode colocate` (`pip install "trl[vllm]"`). Options can also stand in a YAML file
-(`--config FILE`, recipes in `examples/`); what the command line says goes before it. `--help` lists them all.
+(`--config FILE`, recipes in `examples/`); options on the command line override it. `--help` lists them all.
 
 `--trainer grpo` trains with TRL's own `GRPOTrainer`, on a `GRPOConfig` and with ALP's instruments: for baselines such
 as GRPO, GSPO, TIS and MIS. (Bypass, ALP without the noise, is `--alp_enabled false`.)

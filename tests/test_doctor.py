@@ -532,5 +532,5 @@ def test_a_sleeping_engine_is_an_error_and_is_not_waited_for():
     engine = VLLMEngine.__new__(VLLMEngine)
     engine.llm = SimpleNamespace(llm_engine=SimpleNamespace(is_sleeping=lambda: True))
     for ask in (lambda: engine.sample(["1+1="], GenerationSetting(), 0), lambda: engine.score([[1]], [[2]])):
-        with pytest.raises(RuntimeError, match="engine sleeps .*`vllm_enable_sleep_mode=False`"):
+        with pytest.raises(RuntimeError, match=r"engine sleeps .*`vllm_enable_sleep_mode=False`"):
             ask()

@@ -281,7 +281,7 @@ CURVES = (
     "alp/token/log_ratio/min", "alp/token/log_ratio/max", "alp/clip/low", "alp/clip/high", "alp/clip/dual",
     "alp/noise_off/kl/k3", "alp/noise_off/token/log_ratio/p02", "alp/noise_off/token/log_ratio/p98",
     "alp/noise_off/sequence/log_ratio/p02", "alp/noise_off/sequence/log_ratio/p98", "alp/noise_off/token/ess",
-    "alp/old/kl/k3", "alp/old/token/log_ratio/p02", "alp/old/token/log_ratio/p98",
+    "alp/noise/kl/k3", "alp/old/kl/k3", "alp/old/token/log_ratio/p02", "alp/old/token/log_ratio/p98",
     *(f"alp/sigma/layer_{layer:02d}" for layer in range(8)),
 )  # fmt: skip
 

@@ -257,7 +257,7 @@ def _summary(run: Run) -> dict[str, float | str]:
         for name, key, how in (
             ("max grad norm", "grad_norm", "max"),
             ("max KL k3", "alp/kl/k3", "max"),
-            ("min ESS", "alp/ess", "min"),
+            ("min token ESS", "alp/token/ess", "min"),
         )
     }
     if reward is None:
@@ -540,7 +540,8 @@ _FIGURES = {
         ("probability_old", "Old policy by token probability", "log ratio (nats)", ("old",),
          "`instrument` where the old policy is scored", _BINS, _by_probability),
         ("ess", "Effective sample size", "share of the samples", ("alp/ess",), "trl_alp",
-         "Of the ratio in the loss before any clip. Healthy: near 100 %; when low, few samples would carry the "
+         "Of the ratio in the loss before any clip, at its own level: that of sequences falls with their length, so "
+         "runs of different levels do not compare. Healthy: near 100 %; when low, few samples would carry the "
          "update.", partial(_lines, scale="share")),
         ("clip_low", "Clipped from below", "share of tokens", ("alp/clip/low", "clip_ratio/low_mean"),
          "losses that clip", "Tokens with a negative advantage and a ratio below the clip range: they give no "
