@@ -147,7 +147,8 @@ def matched() -> Runs:
 def strong() -> Runs:
     """Noise that moves the log-probs as much as weights of 4 bits do (`survival.py`), beside the arms of `matched`."""
     best = choices()
-    for point, seed, (noisy, plain) in itertools.product(("mismatch_beyond", "stale_beyond", "healthy"), SEEDS, PAIRS):
+    points = ("mismatch_beyond", "mismatch_edge", "stale_beyond", "healthy")
+    for point, seed, (noisy, plain) in itertools.product(points, SEEDS, PAIRS):
         for rate in RATES[:2] if point == "mismatch_beyond" else (best[plain][1],):
             settings = arm_settings(noisy, "wide", rate, alp_sigma_init=STRONG_SIGMA) | POINTS[point] | {"seed": seed}
             yield f"{point}-{noisy}-{rate:g}-s{seed}", settings
