@@ -215,27 +215,39 @@ def by_settings() -> dict[tuple, dict[int, dict]]:
     return groups
 
 
+def log_factors(noisy: dict[int, dict], plain: dict[int, dict], measure: Callable[[dict], float]) -> list[float]:
+    return [math.log(measure(noisy[seed]) / measure(plain[seed])) for seed in noisy]
+
+
 def factor(noisy: dict[int, dict], plain: dict[int, dict], measure: Callable[[dict], float]) -> str:
     """A measure of the noisy runs over that of the runs of the same seeds without noise: geometric mean, interval."""
-    seeds = sorted(noisy.keys() & plain.keys())
-    logs = [math.log(measure(noisy[seed]) / measure(plain[seed])) for seed in seeds]
+    logs = log_factors(noisy, plain, measure)
     if len(logs) not in T:
         return ", ".join(f"{math.exp(each):.2f}" for each in logs)
     low, high = interval(logs)
     return f"{math.exp(statistics.fmean(logs)):.2f} [{math.exp(low):.2f}, {math.exp(high):.2f}]"
 
 
-def paired_table() -> str:
-    """What the noise changes, all else equal (point, clip range, learning rate), seed by seed."""
-    groups, lines = by_settings(), []
+def pairs() -> Iterable[tuple[tuple, dict[int, dict], dict[int, dict]]]:
+    """The runs with noise, and those without it that are equal in all else (point, clip range, rate), by seed."""
+    groups = by_settings()
     order = {name: place for place, name in enumerate((*POINTS, *WITHOUT_NOISE))}
     for key in sorted(groups, key=lambda key: (order[key[0]], order.get(key[1], 0), *key[2:])):
-        point, arm, clip, rate, sigma = key
+        point, arm, clip, rate, _ = key
         noisy, plain = groups[key], groups.get((point, WITHOUT_NOISE.get(arm), clip, rate, 0), {})
-        seeds = sorted(noisy.keys() & plain.keys())
-        if not seeds:
-            continue
-        level = "sequence" if arm == "alp_sequence" else "token"
+        if seeds := sorted(noisy.keys() & plain.keys()):
+            yield key, {seed: noisy[seed] for seed in seeds}, {seed: plain[seed] for seed in seeds}
+
+
+def level_of(arm: str) -> str:
+    return "sequence" if arm == "alp_sequence" else "token"
+
+
+def paired_table() -> str:
+    """What the noise changes, all else equal, seed by seed."""
+    lines = []
+    for (point, arm, _, rate, sigma), noisy, plain in pairs():
+        seeds, level = list(noisy), level_of(arm)
         measures = (width_of(f"alp/{level}"), width_off(level), off("kl/k3"), off("fresh/kl/k3"), peak_of("alp/kl/k3"))
         # The ratio of `alp_tis` has another denominator than that of `tis`.
         ratios = ["" if arm == "alp_tis" else factor(noisy, plain, measure) for measure in measures]
@@ -347,20 +359,56 @@ def draw_grid(path: Path) -> None:
     groups = by_point_and_arm()
     points = [point for point in POINTS if any((point, arm) in groups for arm in ARMS)]
     figure, axes = plt.subplots(
-        1, len(points), figsize=(3 * len(points), 3.6), sharey=True, layout="constrained", squeeze=False
+        1, len(points), figsize=(2.8 * len(points), 3.6), sharex=True, sharey=True, layout="constrained", squeeze=False
     )
     for axis, point in zip(axes[0], points, strict=True):
-        for x, arm in enumerate(ARMS):
+        for y, arm in enumerate(ARMS):
             values = [final(row) for row in groups.get((point, arm), [])]
             if values:
-                axis.plot([x] * len(values), values, "o", ms=3, color=COLOURS[arm], alpha=0.5)
+                axis.plot(values, [y] * len(values), "o", ms=4, color=COLOURS[arm], alpha=0.5)
                 if len(values) in T:
-                    axis.plot([x, x], interval(values), color=COLOURS[arm], lw=4, alpha=0.4)
-        axis.set_xticks(range(len(ARMS)), [f"{arm}, {choices()[arm][1]:g}" for arm in ARMS], rotation=90)
-        axis.set_title(point.replace("_", ", "))
+                    axis.plot(interval(values), [y, y], color=COLOURS[arm], lw=5, alpha=0.35)
+        axis.set_yticks(range(len(ARMS)), [f"{arm}, {choices()[arm][1]:g}" for arm in ARMS])
+        axis.set(title=point.replace("_", ", "), xlabel="final accuracy")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("final accuracy")
+    axes[0][0].invert_yaxis()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_noise(path: Path) -> None:
+    """What the noise changes, all else equal: accuracy, and the band of the policy itself against what sampled."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 5.5), sharey=True, layout="constrained")
+    sizes = {DEFAULT_SIGMA: "C0", STRONG_SIGMA: "C3"}
+    rows = [pair for pair in pairs() if pair[0][4] in sizes and pair[0][1] != "alp_tis" and len(pair[1]) in T]
+    places = list(dict.fromkeys((point, arm, rate) for (point, arm, _, rate, _), _, _ in rows))
+    for (point, arm, _, rate, sigma), noisy, plain in rows:
+        level = level_of(arm)
+        y = places.index((point, arm, rate)) + (0.15 if sigma == STRONG_SIGMA else -0.15)
+        gains = [final(noisy[seed]) - final(plain[seed]) for seed in noisy]
+        bands = [log_factors(noisy, plain, measure(f"alp/{level}" if measure is width_of else level))
+                 for measure in (width_off, width_of)]  # fmt: skip
+        for axis, values, change in zip(axes, (gains, *bands), (float, math.exp, math.exp), strict=True):
+            axis.plot([change(end) for end in interval(values)], [y, y], color=sizes[sigma], lw=2, alpha=0.6)
+            axis.plot(change(statistics.fmean(values)), y, "o", ms=4, color=sizes[sigma])
+    for axis, title, nothing in zip(
+        axes,
+        ("final accuracy, minus without noise", "P2-P98 of the policy itself, over the same\nwithout noise",
+         "P2-P98 of the ratio in the loss, over the same\nwithout noise"),
+        (0, 1, 1), strict=True,
+    ):  # fmt: skip
+        axis.axvline(nothing, color="grey", lw=0.8)
+        axis.set_title(title, fontsize="medium")
+        axis.grid(alpha=0.3)
+    for sigma, colour in sizes.items():
+        axes[0].plot([], [], "o-", color=colour, label=f"sigma {sigma:g}")
+    axes[0].legend(fontsize="small", loc="lower left")
+    axes[2].set_xscale("log")
+    axes[2].set_xticks([0.8, 1, 1.5, 2, 3], ["0.8", "1", "1.5", "2", "3"])
+    axes[2].minorticks_off()
+    axes[0].set_yticks(range(len(places)), [f"{point}, {arm}, {rate:g}" for point, arm, rate in places])
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -515,6 +563,8 @@ def main() -> None:
     points = {point for point, _ in by_point_and_arm()}
     for point in points - {"healthy"}:
         draw_curves(ASSETS / f"lab_{point}.png", point)
+    if any(pairs()):
+        draw_noise(ASSETS / "lab_noise.png")
     if len(points) > 1:
         draw_grid(ASSETS / "lab_grid.png")
 
