@@ -95,6 +95,7 @@ def test_bad_values_fail_at_construction(tmp_path, settings, message):
         ({"generation_kwargs": {"presence_penalty": 1.0}}, "WARNING", "`presence_penalty=0.0`"),
         ({"generation_kwargs": {"temperature": 0.7}}, "WARNING", "`temperature=1.0`"),
         ({"generation_kwargs": {"logit_bias": {5: -100}}}, "WARNING", "logit_bias={5: -100}"),
+        ({"generation_kwargs": {"do_sample": False}}, "WARNING", "`do_sample=True`"),
     ],
 )
 def test_odd_values_are_told(tmp_path, caplog, settings, level, message):
@@ -104,7 +105,8 @@ def test_odd_values_are_told(tmp_path, caplog, settings, level, message):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.7, "generation_kwargs": {"temperature": 0.7, "top_k": -1, "seed": 3}}]
+    "settings",
+    [{}, {"temperature": 0.7, "generation_kwargs": {"temperature": 0.7, "top_k": -1, "seed": 3, "bad_words": []}}],
 )
 def test_what_samples_from_the_full_distribution_is_silent(tmp_path, caplog, settings):
     tiny.config(tmp_path, **settings)

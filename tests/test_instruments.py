@@ -389,8 +389,7 @@ def test_noise_is_not_taken_for_a_fault_of_the_engine(tmp_path, caplog):
     record(instruments_at(tmp_path, perturbed=True), gaps(0.1, mean=-0.2)).flush(1)
     assert "The noise is part of it; `alp_monitor_every=10`" in caplog.text
     caplog.clear()
-    instruments = record(instruments_at(tmp_path, perturbed=True), gaps(0.01), policy="noise_off")
-    record(instruments, gaps(0.1, mean=-0.2)).flush(1)
+    record(instruments_at(tmp_path, perturbed=True, monitored=True), gaps(0.1, mean=-0.2)).flush(1)
     assert "kl/k1" in caplog.text and "alp_monitor_every" not in caplog.text
 
 

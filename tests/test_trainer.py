@@ -1,4 +1,5 @@
 import gc
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
+from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, instrument
 from trl_alp.perturbation import noise_seed
 from trl_alp.ratio import LEVELS
 from trl_alp.trainer import is_monitored
@@ -520,6 +521,15 @@ def test_resuming_with_other_batches_of_rollouts_samples_anew_with_a_warning(tmp
     assert f"{name}={value}" in re.search(r"No buffered rollouts of (.*): the run goes on", caplog.text)[1]
 
 
+def test_resuming_with_a_kl_term_does_not_use_rollouts_that_have_no_reference(tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 2, "steps_per_generation": 4}
+    settings["peft_config"] = LoraConfig(target_modules=["q_proj"])
+    tiny.trainer(tmp_path, max_steps=2, **settings).train()
+    resumed = tiny.trainer(tmp_path, max_steps=4, beta=0.1, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4 and "with_reference=True" in caplog.text
+
+
 def test_state_is_in_each_checkpoint_and_survives_rotation(tmp_path):
     trainer = tiny.trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3, save_total_limit=1)
     trainer.train()
@@ -889,6 +899,21 @@ def test_the_last_steps_are_measured_when_they_fill_no_window(tmp_path):
     assert "alp/kl/k3" in first and "alp/kl/k3" in last and last["step"] == 3
 
 
+@pytest.mark.parametrize("trainer_class", [ALPGRPOTrainer, GRPOTrainer])
+def test_the_last_steps_are_logged_when_an_evaluation_stops_the_run(tmp_path, trainer_class):
+    class Stop(TrainerCallback):  # as `EarlyStoppingCallback`
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    settings = {"eval_dataset": tiny.prompts(4), "eval_strategy": "steps", "eval_steps": 3}
+    settings |= {"per_device_eval_batch_size": 4, "callbacks": [Stop()]}
+    trainer = instrument(tiny.trainer(tmp_path, trainer_class, max_steps=8, logging_steps=2, **settings))
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 3]
+    assert all("reward" in row and "alp/kl/k3" in row for row in rows)
+
+
 def test_the_last_steps_are_logged_when_the_run_ends_with_an_evaluation(tmp_path):
     settings = {
         "eval_dataset": tiny.prompts(4),
@@ -920,12 +945,18 @@ def test_monitor_scores_once_every_so_many_steps_and_leaves_the_run_unchanged(tm
 
 
 @pytest.mark.parametrize("every", [1, 2, 4, 5, 10, 16])
-def test_monitor_looks_once_in_a_window_and_at_rollouts_of_every_age(every):
-    steps = [step for step in range(1000 * every) if is_monitored(step, every)]
-    assert [step // every for step in steps] == list(range(1000)) and steps[0] == 0
-    for updates_per_batch in (2, 3, 8, 10, 16):
-        seen = Counter(step % updates_per_batch for step in steps)
-        assert all(0.8 < seen[age] * updates_per_batch / 1000 < 1.2 for age in range(updates_per_batch))
+@pytest.mark.parametrize("updates_per_batch", [1, 2, 3, 8, 10, 16, 40])
+def test_monitor_looks_at_rollouts_of_every_age_and_at_fresh_ones_soon_again(every, updates_per_batch):
+    steps = [
+        step for step in range(1000 * every) if is_monitored(step, every, step % updates_per_batch, updates_per_batch)
+    ]
+    assert 1000 <= len(steps) <= 1500
+    assert all(any(step // every == window for step in steps) for window in range(0, 1000, 10))
+    seen = Counter(step % updates_per_batch for step in steps)
+    assert all(seen[age] * updates_per_batch / 1000 > 0.5 for age in range(updates_per_batch))
+    fresh = [step for step in steps if step % updates_per_batch == 0]
+    assert fresh[0] == 0
+    assert max(later - step for step, later in itertools.pairwise(fresh)) <= 2 * (2 * every + updates_per_batch)
 
 
 def test_the_noise_is_measured_by_itself_on_the_tokens_that_are_monitored(tmp_path, monkeypatch):

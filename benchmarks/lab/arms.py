@@ -44,7 +44,15 @@ ARMS: dict[str, tuple[str, dict]] = {
 }
 
 
-class SplitRatioTrainer(ALPGRPOTrainer):
+class LabTrainer(ALPGRPOTrainer):
+    """Looks at the policy without noise in every `alp_monitor_every`-th update, so that the same updates of the arms
+    without noise can be picked out to compare with."""
+
+    def _monitor_is_due(self):
+        return self.args.alp_enabled and self.state.global_step % self.args.alp_monitor_every == 0
+
+
+class SplitRatioTrainer(LabTrainer):
     """Noise on top of TRL's split ratio: perturbed policy / old policy, times truncated old policy / engine."""
 
     def _generate(self, prompts):
@@ -57,7 +65,7 @@ class SplitRatioTrainer(ALPGRPOTrainer):
         return super()._compute_loss(model, {k: v for k, v in inputs.items() if k != "sampling_per_token_logps"})
 
 
-class DivergenceMaskTrainer(ALPGRPOTrainer):
+class DivergenceMaskTrainer(LabTrainer):
     """DPPO with the binary total variation (arXiv 2602.04879): a token is left out where its probability pi moved away
     from the engine's, mu, by more than `epsilon`. |pi - mu| <= epsilon is |pi / mu - 1| <= epsilon / mu, so this is
     TRL's clipping with a range for each token."""
@@ -75,7 +83,7 @@ class DivergenceMaskTrainer(ALPGRPOTrainer):
             self.epsilon_low, self.epsilon_high = knobs
 
 
-TRAINERS = {"alp": ALPGRPOTrainer, "split": SplitRatioTrainer, "divergence": DivergenceMaskTrainer}
+TRAINERS = {"alp": LabTrainer, "split": SplitRatioTrainer, "divergence": DivergenceMaskTrainer}
 
 
 def build_trainer(arm: str, overrides: dict, common: dict, place: str | None = None, **kwargs) -> GRPOTrainer:

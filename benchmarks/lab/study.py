@@ -35,8 +35,6 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 import yaml
 
-from trl_alp.trainer import is_monitored
-
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "lab"
@@ -65,7 +63,7 @@ BY_INTEREST = ("mismatch_beyond", "stale_beyond", "mismatch_edge", "healthy", "s
 TUNING_SEEDS = (100,)
 SEEDS = (0, 1, 2, 3, 4)
 MORE_SEEDS = (5, 6, 7, 8, 9)
-MONITOR = {"alp_monitor_every": 5}
+MONITOR = {"alp_monitor_every": 5}  # not a divisor of the updates per batch: rollouts of all ages are looked at
 
 
 def arm_settings(arm: str, clip: str, rate: float, **overrides) -> dict:
@@ -257,7 +255,7 @@ def summed_up(result: dict, window: int = 8) -> dict:
             values = [row[name] for row in log[start : start + window] if row.get(name) is not None]
             windows.append([f"{statistics.mean(values):.4g}", f"{max(values):.4g}"] if values else [None, None])
         curves[name] = [[None if v is None else float(v) for v in pair] for pair in windows]
-    looked_at = [row for row in log if is_monitored(row["step"] - 1, MONITOR["alp_monitor_every"])]
+    looked_at = [row for row in log if (row["step"] - 1) % MONITOR["alp_monitor_every"] == 0]
     monitored = {}
     for name in sorted({name for row in looked_at for name in row} & {*MONITORED, "entropy"}):
         values = [row[name] for row in looked_at if row.get(name) is not None]

@@ -73,10 +73,10 @@ class ALPGRPOConfig(GRPOConfig):
         > Parameters that control the logging
 
         alp_monitor_every (`int`, *optional*, defaults to `10`):
-            In every so many optimiser steps, once score one micro-batch once more without gradient and without noise,
-            and log the noise-off ratio under `alp/noise_off/` and the size of the noise as `alp/noise/kl/k3`, so that
-            noise and training-inference mismatch can be told apart. Costs one forward of that micro-batch. `0` turns
-            it off, and with it the warnings about the inference engine.
+            Once in so many optimiser steps, and at fresh rollouts once in twice as many, score one micro-batch once
+            more without gradient and without noise, and log the noise-off ratio under `alp/noise_off/` and the size of
+            the noise as `alp/noise/kl/k3`, so that noise and training-inference mismatch can be told apart. Costs one
+            forward of that micro-batch each time. `0` turns it off, and with it the warnings about the engine.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -181,8 +181,9 @@ class ALPGRPOConfig(GRPOConfig):
     alp_monitor_every: int = field(
         default=10,
         metadata={
-            "help": "In every so many optimiser steps, once score one micro-batch once more without noise, and log "
-            "its ratio under `alp/noise_off/`. 0 turns it off, and with it the warnings about the inference engine."
+            "help": "Once in so many optimiser steps, and at fresh rollouts once in twice as many, score one "
+            "micro-batch once more without noise, and log its ratio under `alp/noise_off/`. 0 turns it off, and with "
+            "it the warnings about the inference engine."
         },
     )
 
@@ -246,8 +247,10 @@ class ALPGRPOConfig(GRPOConfig):
             # Of `generation_kwargs`, with vLLM's and transformers' names.
             "temperature": (self.temperature, None), "presence_penalty": (0.0, None), "frequency_penalty": (0.0, None),
             "typical_p": (1.0, None), "no_repeat_ngram_size": (0, None), "min_tokens": (0, None),
-            "min_new_tokens": (0, None), "logit_bias": (None,), "bad_words": (None,), "bad_words_ids": (None,),
-            "allowed_token_ids": (None,), "structured_outputs": (None,),
+            "min_new_tokens": (0, None), "do_sample": (True, None), "num_beams": (1, None),
+            "epsilon_cutoff": (0.0, None), "eta_cutoff": (0.0, None), "logit_bias": (None, {}),
+            "bad_words": (None, []), "bad_words_ids": (None, []), "allowed_token_ids": (None, []),
+            "suppress_tokens": (None, []), "structured_outputs": (None,),
         }  # fmt: skip
         sampling = {name: getattr(self, name) for name in full if hasattr(self, name)}
         sampling |= {name: value for name, value in (self.generation_kwargs or {}).items() if name in full}

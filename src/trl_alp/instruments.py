@@ -86,6 +86,8 @@ class Instruments:
         perturbed (`bool`, *optional*, defaults to `False`):
             Whether the policy of the update carries noise. Bounds on an engine are then held against the noise-off
             policy alone.
+        monitored (`bool`, *optional*, defaults to `False`):
+            Whether the noise-off policy is measured from time to time.
     """
 
     def __init__(
@@ -95,16 +97,16 @@ class Instruments:
         report_to: list[str],
         level: str = "token",
         perturbed: bool = False,
+        monitored: bool = False,
     ) -> None:
         self.accelerator = accelerator
         self.folder = os.path.join(output_dir, FOLDER)
         self.report_to = report_to
         self.level = level
-        self.perturbed = perturbed
+        self.perturbed, self.monitored = perturbed, monitored
         self.meters = {policy: MismatchMeter(level) for policy in PREFIXES}
         self._staleness = [0, 0]  # sum and number over the micro-batches of the update
         self._engine = True  # whether an engine reported the behaviour log-probs
-        self._monitored = False
         self._begun = False
         self._warned: set[_Bound] = set()
 
@@ -154,7 +156,7 @@ class Instruments:
             "fresh/token/mult_prob_error": (gap.abs().exp(), fresh),
         }
         self.meters[policy].update(logps, behaviour_logps, mask, means)
-        self._engine, self._monitored = engine, self._monitored or policy == "noise_off"
+        self._engine = engine
         if policy == "update":
             self._staleness[0] += staleness
             self._staleness[1] += 1
@@ -237,7 +239,7 @@ class Instruments:
         if engine:
             logger.warning("; ".join(engine) + ". " + (_ENGINE_ADVICE if self._engine else _NO_ENGINE_ADVICE))
         if update:
-            noise = _NOISE_ADVICE if self.perturbed and not self._monitored else ""
+            noise = _NOISE_ADVICE if self.perturbed and not self.monitored else ""
             logger.warning("; ".join(update) + ". " + noise + _UPDATE_ADVICE)
 
     def _crossed(self, policy: str, mismatch: Mismatch, bounds: tuple[_Bound, ...]) -> list[str]:

@@ -393,8 +393,8 @@ def _envelope(
 ) -> Figure | None:
     """Percentiles over time, but for settings where they are those of `unlike`.
 
-    With `base`, those are the band, and P2 and P98 of `keys` dashed lines over it. The monitor may look at fresh
-    rollouts only, so both are drawn where both were logged.
+    With `base`, those are the band, and P2 and P98 of `keys` dashed lines over it. The monitor does not look at every
+    step, so both are drawn where both were logged.
     """
     prefix = keys[0].removesuffix("/p50")
     bands = {name: _percentiles(runs, base or prefix, at=keys[0]) for name, runs in settings.items()}

@@ -67,7 +67,8 @@ class ALPGRPOTrainer(GRPOTrainer):
 
     Raises:
         `ValueError`: If `args` is not an [`ALPGRPOConfig`], the model has no decoder layers, `alp_layers` does not fit
-            it, fp16 is combined with DeepSpeed or a CPU, or a vLLM server does not return processed log-probs.
+            it, fp16 is combined with DeepSpeed or a CPU, `full_determinism` with a cumulative ratio on a GPU, or a
+            vLLM server does not return processed log-probs.
 
     Example:
 
@@ -138,7 +139,9 @@ class ALPGRPOTrainer(GRPOTrainer):
         if self.perturbation.log_sigma.requires_grad:
             self.sigma_optimizer = torch.optim.Adam([self.perturbation.log_sigma], lr=args.alp_sigma_lr)
         self.add_callback(_OptimizerStep(self))
-        self.instruments = _instruments(self, args.alp_ratio_level, perturbed=args.alp_enabled)
+        self.instruments = _instruments(
+            self, args.alp_ratio_level, perturbed=args.alp_enabled, monitored=args.alp_monitor_every > 0
+        )
         self.add_callback(_Instrumentation(self, self._perturbation_metrics))
         self._warn_about_dropout()
 
@@ -209,7 +212,8 @@ class ALPGRPOTrainer(GRPOTrainer):
         if self.args.alp_enabled and self.args.logging_strategy != "no":
             self._noise.append(torch.stack([self.perturbation.sigma, self.perturbation.effective_noise()]))
         plain_logps, entropies = (logps.detach(), None) if noise_off is None else noise_off
-        noise_gap = (logps.detach() - plain_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        noise_gap = logps.detach() - plain_logps
+        noise_gap = torch.where(torch.isfinite(noise_gap), noise_gap, torch.nan).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         noise_k3 = noise_gap.expm1() - noise_gap, mask * (noise_off is not None)
         self._record("update", logps, reported, {"noise/kl/k3": noise_k3})
         if noise_off is not None:
@@ -308,7 +312,11 @@ class ALPGRPOTrainer(GRPOTrainer):
         return logps
 
     def _monitor_is_due(self) -> bool:
-        if not self.args.alp_enabled or not is_monitored(self.state.global_step, self.args.alp_monitor_every):
+        args = self.args
+        updates_per_batch = max(1, args.steps_per_generation * self.num_iterations // args.gradient_accumulation_steps)
+        age = self._updates - self._generated_at
+        step, every = self.state.global_step, args.alp_monitor_every
+        if not args.alp_enabled or not is_monitored(step, every, age, updates_per_batch):
             return False
         return self._step % self.current_gradient_accumulation_steps == 0  # once per optimiser step
 
@@ -414,10 +422,11 @@ class ALPGRPOTrainer(GRPOTrainer):
                 self._load_sigma(os.path.join(checkpoint, STATE_NAME))
 
     def _rollout_layout(self) -> dict[str, int]:
-        """How the buffered rollouts are cut into micro-batches, and when they are used up."""
+        """How the buffered rollouts are cut into micro-batches, when they are used up, and what they hold."""
         names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
         layout = {name: getattr(self.args, name) for name in names}
-        return layout | {"num_iterations": self.num_iterations, "num_processes": self.accelerator.num_processes}
+        layout |= {"num_iterations": self.num_iterations, "num_processes": self.accelerator.num_processes}
+        return layout | {"with_reference": self.beta != 0}
 
     def _load_rollouts(self, path: str) -> None:
         """Take up the buffered rollouts where the checkpoint was written; TRL alone would sample anew."""
@@ -589,27 +598,34 @@ class _Instrumentation(TrainerCallback):
             control.should_log = True
         return control
 
-    on_epoch_end = on_step_end  # where `logging_strategy="epoch"` logs
+    def on_epoch_end(self, args, state, control, **kwargs):  # where `logging_strategy="epoch"` logs
+        if control.should_training_stop:
+            # An evaluation may have stopped the run, and TRL would take the last window for the evaluation's.
+            self.trainer.model.train()
+        return self.on_step_end(args, state, control)
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.trainer.instruments.append(state.log_history[-1])
 
 
-def is_monitored(step: int, every: int) -> bool:
+def is_monitored(step: int, every: int, age: int, updates_per_batch: int) -> bool:
     """
-    Whether the update after `step` optimiser steps is one that `alp_monitor_every` looks at.
+    Whether `alp_monitor_every` looks at the update after `step` optimiser steps, of rollouts of that `age`.
 
-    One in each window of `every` steps, at a place that moves on by the golden ratio: at fixed places the age of the
-    rollouts would be the same again and again wherever `every` and the updates per batch of rollouts share a divisor.
+    One in each window of `every` steps, at a place that moves on by the golden ratio: at fixed places the age would be
+    the same again and again wherever `every` and the updates per batch of rollouts share a divisor. And the first of
+    fresh rollouts, whose mismatch is the engine's alone, in each two windows: by themselves those could be rare.
     """
     if every == 0:
         return False
+    if age == 0 and step // (2 * every) != (step - updates_per_batch) // (2 * every):
+        return True
     window, place = divmod(step, every)
     return place == (window * _GOLDEN_RATIO % 2**64 * every) >> 64
 
 
-def _instruments(trainer: GRPOTrainer, level: str, perturbed: bool) -> Instruments:
+def _instruments(trainer: GRPOTrainer, level: str, **kwargs) -> Instruments:
     policy = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
     if getattr(policy, "output_dtype", None) in (torch.bfloat16, torch.float16):
         logger.warning(
@@ -621,7 +637,7 @@ def _instruments(trainer: GRPOTrainer, level: str, perturbed: bool) -> Instrumen
         )
     # TRL's own sequence level makes the geometric mean of the token ratios.
     level = "sequence_geometric" if trainer.importance_sampling_level == "sequence" else level
-    return Instruments(trainer.accelerator, trainer.args.output_dir, trainer.args.report_to, level, perturbed)
+    return Instruments(trainer.accelerator, trainer.args.output_dir, trainer.args.report_to, level, **kwargs)
 
 
 def instrument(trainer: GRPOTrainer) -> GRPOTrainer:
@@ -656,7 +672,7 @@ def instrument(trainer: GRPOTrainer) -> GRPOTrainer:
         )
     if isinstance(getattr(trainer, "instruments", None), Instruments):
         return trainer
-    trainer.instruments = _instruments(trainer, "token", perturbed=False)
+    trainer.instruments = _instruments(trainer, "token")
     trainer.add_callback(_StockInstrumentation(trainer))
     return trainer
 
