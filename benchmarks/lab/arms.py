@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
 import trl_alp.perturbation
@@ -94,7 +93,7 @@ def build_trainer(arm: str, overrides: dict, common: dict, place: str | None = N
         arm (`str`): One of `ARMS`.
         overrides (`dict`): Fields of the config that differ from the arm's.
         common (`dict`): Fields that all arms share.
-        place (`str`, *optional*): `"final"` or `"logits"`: where ALP's noise is put instead of the decoder layers.
+        place (`str`, *optional*): `"final"` puts ALP's noise on the final hidden state alone.
         **kwargs: For the trainer.
     """
     kind, changes = ARMS[arm]
@@ -105,8 +104,8 @@ def build_trainer(arm: str, overrides: dict, common: dict, place: str | None = N
     else:
         settings["vllm_importance_sampling_correction"] = kind == "split"
         trainer = TRAINERS[kind](args=ALPGRPOConfig(**settings), **kwargs)
-        if place is not None:
-            _perturb_input_of(_module_at(place, trainer.model), trainer)
+        if place == "final":
+            _perturb_final_state(trainer)
     if kind in ("corrected", "split") and not trainer.use_vllm:
         # TRL applies its correction with vLLM only. Of vLLM it then asks for the weight sync alone, since the rollouts
         # are the `rollout_func`'s.
@@ -116,21 +115,10 @@ def build_trainer(arm: str, overrides: dict, common: dict, place: str | None = N
     return instrument(trainer)
 
 
-def _module_at(place: str, model: nn.Module) -> nn.Module:
-    """The module whose input is the final hidden state, or the logits."""
-    if place == "final":
-        return model.model.norm
-    if place == "logits":
-        passing = nn.Identity()  # a hook on a forward's way in, for what is on its way out
-        model.lm_head.register_forward_hook(lambda module, args, logits: passing(logits))
-        return passing
-    raise ValueError(f"place={place!r} is unknown. Use 'final', 'logits', or None for the decoder layers.")
-
-
-def _perturb_input_of(module: nn.Module, trainer: ALPGRPOTrainer) -> None:
-    """Move the noise from the decoder layers to one module."""
+def _perturb_final_state(trainer: ALPGRPOTrainer) -> None:
+    """Move the noise from the decoder layers to the input of the final norm."""
     args, find = trainer.args, trl_alp.perturbation.find_decoder_layers
-    trl_alp.perturbation.find_decoder_layers = lambda model: nn.ModuleList([module])
+    trl_alp.perturbation.find_decoder_layers = lambda model: torch.nn.ModuleList([model.model.norm])
     try:
         trainer.perturbation.remove()
         trainer.perturbation = trl_alp.LayerwisePerturbation(

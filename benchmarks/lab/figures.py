@@ -305,12 +305,13 @@ def ablation_table() -> str:
         sigma = [name for name in rows[0]["curves"] if name.startswith("alp/sigma")]
         ends = ", ".join(number(statistics.fmean(curve(row, name)[-1] for row in rows)) for name in sigma)
         gains = [final(row) - final(plain[seed]) for seed, row in by_seed.items() if by_seed is not plain]
+        measured = [row for row in rows if curve(row, "alp/noise/kl/k3")]  # the seeds that were run last
+        noise = averaged(measured, mean_of("alp/noise/kl/k3")) if measured else ""
         lines.append(
             [label, with_interval(rows), gain(gains) if gains else "", f"{sum(map(collapsed, rows))} of {len(rows)}"]
-            + [averaged(rows, measure) for measure in (width_of("alp/token"), peak_of("alp/kl/k3"))]
-            + [ends]
+            + [noise, averaged(rows, width_of("alp/token")), averaged(rows, peak_of("alp/kl/k3")), ends]
         )
-    head = ["change", "final accuracy [95 %]", "minus bypass_token", "collapsed", "token P2-P98"]
+    head = ["change", "final accuracy [95 %]", "minus bypass_token", "collapsed", "k3 of the noise", "token P2-P98"]
     return markdown([*head, "peak k3, noise on", "sigma at the end, by layer"], lines)
 
 

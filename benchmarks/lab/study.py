@@ -184,7 +184,6 @@ def ablation() -> Runs:
         "last": large | {"alp_layers": "last:2"},
         "embedding": large | {"alp_layers": "first:1"},
         "final": large,
-        "logits": large,
     }
     for label, clip in {"0.03": {"epsilon": 0.03, "epsilon_high": 0.04}, **CLIPS}.items():
         alp[f"geometric-{label}"] = {"alp_ratio_level": "sequence_geometric"} | clip
@@ -192,7 +191,7 @@ def ablation() -> Runs:
     for seed in SEEDS:
         for label, change in alp.items():
             settings = arm_settings("alp_token", "wide", rate, **change) | point | {"seed": seed}
-            yield f"{label}-s{seed}", settings | ({"place": label} if label in ("final", "logits") else {})
+            yield f"{label}-s{seed}", settings | ({"place": "final"} if label == "final" else {})
         for scale in (1, 10, 100):
             gspo = arm_settings("gspo", "narrow", rate, epsilon=3e-4 * scale, epsilon_high=4e-4 * scale)
             yield f"gspo-{scale}-s{seed}", gspo | point | {"seed": seed}
