@@ -307,10 +307,14 @@ def ablation_table() -> str:
         gains = [final(row) - final(plain[seed]) for seed, row in by_seed.items() if by_seed is not plain]
         measured = [row for row in rows if curve(row, "alp/noise/kl/k3")]  # the seeds that were run last
         noise = averaged(measured, mean_of("alp/noise/kl/k3")) if measured else ""
-        lines.append(
-            [label, with_interval(rows), gain(gains) if gains else "", f"{sum(map(collapsed, rows))} of {len(rows)}"]
-            + [noise, averaged(rows, width_of("alp/token")), averaged(rows, peak_of("alp/kl/k3")), ends]
-        )
+        line = [
+            label,
+            with_interval(rows),
+            gain(gains) if gains else "",
+            f"{sum(map(collapsed, rows))} of {len(rows)}",
+        ]
+        line += [noise, averaged(rows, width_of("alp/token")), averaged(rows, peak_of("alp/kl/k3")), ends]
+        lines.append(line)
     head = ["change", "final accuracy [95 %]", "minus bypass_token", "collapsed", "k3 of the noise", "token P2-P98"]
     return markdown([*head, "peak k3, noise on", "sigma at the end, by layer"], lines)
 
