@@ -925,6 +925,7 @@ def test_the_last_steps_are_logged_when_the_run_ends_with_an_evaluation(tmp_path
     trainer.train()
     measured = [row["step"] for row in trainer.state.log_history if "alp/kl/k3" in row]
     assert measured == [2, 3]
+    assert not trainer.model.training  # as TRL leaves it
 
 
 def test_a_run_that_does_not_log_is_not_made_to(tmp_path):

@@ -48,7 +48,8 @@ class LabTrainer(ALPGRPOTrainer):
     without noise can be picked out to compare with."""
 
     def _monitor_is_due(self):
-        return self.args.alp_enabled and self.state.global_step % self.args.alp_monitor_every == 0
+        every = self.args.alp_monitor_every
+        return self.args.alp_enabled and every > 0 and self.state.global_step % every == 0
 
 
 class SplitRatioTrainer(LabTrainer):

@@ -17,8 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from .mismatch import Mismatch, MismatchMeter, bucket_edges
-from .ratio import MAX_LOG_RATIO
+from .mismatch import Mismatch, MismatchMeter, bucket_edges, clamped_gap
 
 
 logger = get_logger(__name__)  # speaks on the main process only
@@ -145,9 +144,7 @@ class Instruments:
         """Pool one micro-batch of a policy; `staleness` is the number of updates since its rollouts were sampled,
         `engine` whether an inference engine reported the behaviour log-probs, and the rest as in
         [`MismatchMeter.update`]."""
-        gap = logps.detach() - behaviour_logps
-        # The clamp would make a number of an infinite gap.
-        gap = torch.where(torch.isfinite(gap), gap, torch.nan).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        gap = clamped_gap(logps.detach(), behaviour_logps)
         fresh = mask * (staleness == 0)
         means = {
             **(means or {}),

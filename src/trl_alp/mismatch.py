@@ -226,6 +226,13 @@ class Mismatch:
     histogram: torch.Tensor = field(repr=False)
 
 
+def clamped_gap(logps: torch.Tensor, behaviour_logps: torch.Tensor) -> torch.Tensor:
+    """`p - q` in nats, clamped to ±20 as in the loss; NaN where it is not finite, of which the clamp would make a
+    number.  # (B, T)"""
+    gap = logps - behaviour_logps
+    return torch.where(torch.isfinite(gap), gap, torch.nan).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
 def percentiles(values: torch.Tensor) -> torch.Tensor:
     """
     Percentiles 2, 25, 50, 75 and 98, linearly interpolated, of values at hand.

@@ -21,6 +21,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from .config import ALPGRPOConfig
 from .instruments import Instruments
+from .mismatch import clamped_gap
 from .perturbation import LayerwisePerturbation, noise_seed
 from .ratio import MAX_LOG_RATIO, log_probability_gap, raw_log_ratio
 
@@ -212,8 +213,7 @@ class ALPGRPOTrainer(GRPOTrainer):
         if self.args.alp_enabled and self.args.logging_strategy != "no":
             self._noise.append(torch.stack([self.perturbation.sigma, self.perturbation.effective_noise()]))
         plain_logps, entropies = (logps.detach(), None) if noise_off is None else noise_off
-        noise_gap = logps.detach() - plain_logps
-        noise_gap = torch.where(torch.isfinite(noise_gap), noise_gap, torch.nan).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        noise_gap = clamped_gap(logps.detach(), plain_logps)
         noise_k3 = noise_gap.expm1() - noise_gap, mask * (noise_off is not None)
         self._record("update", logps, reported, {"noise/kl/k3": noise_k3})
         if noise_off is not None:
@@ -580,13 +580,16 @@ class _Instrumentation(TrainerCallback):
     def __init__(self, trainer: GRPOTrainer, further_metrics: Callable | None = None):
         self.trainer = trainer
         self.further_metrics = further_metrics
+        self.measured_at = -1  # the step of the latest flush
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.measured_at = -1
         self.trainer.instruments.begin(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if not (control.should_log or control.should_training_stop):
-            return
+            return None
+        self.measured_at = state.global_step
         callbacks = self.trainer.callback_handler.callbacks
         tensorboard = next((c.tb_writer for c in callbacks if getattr(c, "tb_writer", None) is not None), None)
         metrics = self.trainer.instruments.flush(state.global_step, tensorboard)
@@ -599,8 +602,10 @@ class _Instrumentation(TrainerCallback):
         return control
 
     def on_epoch_end(self, args, state, control, **kwargs):  # where `logging_strategy="epoch"` logs
+        if self.measured_at == state.global_step:
+            return None
         if control.should_training_stop:
-            # An evaluation may have stopped the run, and TRL would take the last window for the evaluation's.
+            # An evaluation stopped the run, and TRL would take the last window for the evaluation's.
             self.trainer.model.train()
         return self.on_step_end(args, state, control)
 
@@ -616,6 +621,16 @@ def is_monitored(step: int, every: int, age: int, updates_per_batch: int) -> boo
     One in each window of `every` steps, at a place that moves on by the golden ratio: at fixed places the age would be
     the same again and again wherever `every` and the updates per batch of rollouts share a divisor. And the first of
     fresh rollouts, whose mismatch is the engine's alone, in each two windows: by themselves those could be rare.
+
+    Args:
+        step (`int`):
+            Optimiser steps before the update.
+        every (`int`):
+            `alp_monitor_every`; 0 for never.
+        age (`int`):
+            Optimiser steps since the rollouts were sampled.
+        updates_per_batch (`int`):
+            Optimiser steps made of each batch of rollouts, at least 1.
     """
     if every == 0:
         return False
