@@ -103,7 +103,7 @@ def main() -> None:
         )
         steps, recording, flushing = [], [], []
         trainer.training_step = timed(trainer.training_step, steps)
-        trainer._record = timed(trainer._record, recording)
+        trainer.watcher.measure = timed(trainer.watcher.measure, recording)
         trainer.instruments.flush = timed(trainer.instruments.flush, flushing)
         trainer.train()
     step, record, flush = (statistics.median(times[1:]) for times in (steps, recording, flushing))

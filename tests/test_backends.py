@@ -273,7 +273,7 @@ def run(out, resume=None, zero=0, fsdp2=0, fp16=0, lora=0, **overrides):
     seeds, sigma_steps = [], []
     applied = trainer.perturbation.applied
     trainer.perturbation.applied = lambda seed: seeds.append(seed) or applied(seed)
-    trainer.sigma_optimizer.register_step_post_hook(lambda *args: sigma_steps.append(1))
+    trainer.sigma_optimizer.adam.register_step_post_hook(lambda *args: sigma_steps.append(1))
     trainer.train(resume_from_checkpoint=resume)
     parameters = list(trainer.model.parameters())
     state = {

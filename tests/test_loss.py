@@ -94,7 +94,7 @@ def test_what_is_set_for_the_loss_is_put_back_also_after_an_exception(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         trainer.compute_loss(trainer.model, inputs)
     assert (trainer.epsilon_low, trainer.epsilon_high, trainer.args.delta) == (0.5, 3.0, None)
-    assert trainer.perturbation.seed is None and trainer._update is None
+    assert trainer.perturbation.scoring is None and trainer._update is None
 
 
 def test_dual_clip_bounds_negative_advantages_only_below_the_upper_clip(tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_given_turns_replace_those_of_the_mask():
 
 def test_unknown_level_names_the_known_ones():
     p, q = logps()
-    with pytest.raises(ValueError, match=r"alp_ratio_level='sentence' is unknown.*'sequence_geometric'"):
+    with pytest.raises(ValueError, match=r"^level='sentence' is unknown.*'sequence_geometric'"):
         log_importance_ratio(p, q, torch.ones(2, 6), "sentence")
 
 

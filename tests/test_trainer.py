@@ -16,9 +16,10 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, instrument
+from trl_alp.checks import check_server
 from trl_alp.perturbation import noise_seed
 from trl_alp.ratio import LEVELS
-from trl_alp.trainer import is_monitored
+from trl_alp.watching import ALPWatcher, is_first_fresh, is_monitored
 
 
 STOCK_DEFAULTS = {
@@ -50,7 +51,7 @@ def forwards(trainer, monkeypatch):
     score = GRPOTrainer._get_per_token_logps_and_entropies
 
     def recorded(self, *args, **kwargs):
-        seen.append((torch.is_grad_enabled(), self.perturbation.seed is not None))
+        seen.append((torch.is_grad_enabled(), self.perturbation.scoring is not None))
         return score(self, *args, **kwargs)
 
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", recorded)
@@ -120,14 +121,14 @@ def test_an_exception_inside_the_perturbed_forward_leaves_the_noise_off(tmp_path
     plain = trainer.model(ids).logits
 
     def fail(*args):
-        if trainer.perturbation.seed is not None:
+        if trainer.perturbation.scoring is not None:
             raise RuntimeError("planted")
 
     handle = trainer.model.model.norm.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="planted"):
         trainer.train()
     handle.remove()
-    assert trainer.perturbation.seed is None and trainer._noise_scope is None
+    assert trainer.perturbation.scoring is None
     assert torch.equal(trainer.model(ids).logits, plain)
     trainer.train()  # and it still works
 
@@ -388,8 +389,8 @@ def test_every_micro_batch_of_a_run_has_its_own_seed(tmp_path):
 def test_sigma_steps_exactly_when_the_policy_steps(tmp_path):
     trainer = tiny.trainer(tmp_path, gradient_accumulation_steps=2, max_steps=3)
     steps = []
-    step = trainer.sigma_optimizer.step
-    trainer.sigma_optimizer.step = lambda: steps.append(trainer.state.global_step) or step()
+    step = trainer.sigma_optimizer.adam.step
+    trainer.sigma_optimizer.adam.step = lambda: steps.append(trainer.state.global_step) or step()
     trainer.train()
     assert steps == [0, 1, 2]
 
@@ -409,7 +410,7 @@ def test_sigmas_gradient_is_freed_of_the_loss_scale(tmp_path):
         trainer = tiny.trainer(tmp_path)
         trainer.accelerator.scaler = types.SimpleNamespace(get_scale=lambda s=scale: s)
         trainer.perturbation.log_sigma.grad = torch.tensor([0.25, 0.5]) * scale
-        trainer._reduce_sigma_gradient()
+        trainer.sigma_optimizer.reduce_gradient()
         gradients.append(trainer.perturbation.log_sigma.grad)
     assert torch.equal(*gradients)
 
@@ -420,7 +421,7 @@ def test_sigma_has_no_weight_decay_a_constant_rate_and_bounds(tmp_path):
         alp_sigma_max=0.012, gradient_accumulation_steps=1,
     )  # fmt: skip
     trainer.train()
-    (group,) = trainer.sigma_optimizer.param_groups
+    (group,) = trainer.sigma_optimizer.adam.param_groups
     assert (group["lr"], group["weight_decay"]) == (0.3, 0)
     sigma = torch.tensor([[row["alp/sigma/min"], row["alp/sigma/max"]] for row in trainer.state.log_history[:-1]])
     assert sigma.min() >= 0.008 * (1 - 1e-5) and sigma.max() <= 0.012 * (1 + 1e-5)
@@ -437,13 +438,15 @@ def test_gradient_left_by_an_interrupted_run_does_not_reach_the_next(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_sigma_sits_out_a_step_whose_gradient_is_not_finite(tmp_path, bad):
+def test_sigma_sits_out_a_step_whose_gradient_is_not_finite(tmp_path, caplog, bad):
     trainer = tiny.trainer(tmp_path)
     before = trainer.perturbation.log_sigma.detach().clone()
     trainer.perturbation.log_sigma.grad = torch.tensor([bad, 1.0])
-    trainer._reduce_sigma_gradient()
-    trainer._step_sigma()
+    trainer.sigma_optimizer.reduce_gradient()
+    trainer.sigma_optimizer.step()
     assert torch.equal(trainer.perturbation.log_sigma, before)
+    assert trainer.sigma_optimizer.metrics() == {}  # nothing that is no number reaches the log
+    assert caplog.text.count("The gradient of sigma is not finite") == 1
 
 
 def test_fixed_sigma_stays_fixed(tmp_path):
@@ -507,7 +510,6 @@ def test_stopping_and_resuming_equals_an_uninterrupted_run(tmp_path, settings):
 def test_resuming_with_other_batches_of_rollouts_samples_anew_with_a_warning(tmp_path, monkeypatch, caplog, change):
     settings = {"save_strategy": "steps", "save_steps": 4, "steps_per_generation": 4}
     tiny.trainer(tmp_path, max_steps=4, **settings).train()  # all updates of its rollouts are done
-    resumed = tiny.trainer(tmp_path, max_steps=6, **settings | change)
     generated = []
     generate = ALPGRPOTrainer._generate_and_score_completions
     monkeypatch.setattr(
@@ -515,6 +517,7 @@ def test_resuming_with_other_batches_of_rollouts_samples_anew_with_a_warning(tmp
         "_generate_and_score_completions",
         lambda self, inputs: generated.append(self.state.global_step) or generate(self, inputs),
     )
+    resumed = tiny.trainer(tmp_path, max_steps=6, **settings | change)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert generated[0] == 4 and resumed.state.log_history[-2]["alp/staleness"] > 0
     name, value = next(iter(change.items()))
@@ -552,7 +555,7 @@ def test_half_written_state_is_an_error_that_names_the_file(tmp_path, name, othe
     path = checkpoint(tmp_path)
     content = (path / name).read_bytes()
     (path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf"(?s){name} cannot be read .*{otherwise}"):
+    with pytest.raises(ValueError, match=rf"{name} cannot be read \(\w+\): it is damaged.*{otherwise}"):
         tiny.trainer(tmp_path).train(resume_from_checkpoint=str(path))
 
 
@@ -616,22 +619,34 @@ def test_all_equal_rewards_leave_the_policy_unmoved_and_finite(tmp_path):
     assert torch.isfinite(trainer.perturbation.log_sigma).all()
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
-def test_non_finite_rewards_are_left_out_like_none(tmp_path, caplog, bad, scale_rewards):
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None])
+def test_rewards_are_left_as_stock_leaves_them_and_infinite_ones_are_warned_of(tmp_path, caplog, bad):
+    def reward(completions, **kwargs):
+        return [bad if i % 3 == 0 else float(i) for i in range(len(completions))]
+
     runs = []
-    for value in (bad, None):
-
-        def reward(completions, value=value, **kwargs):
-            return [value if i % 3 == 0 else float(i) for i in range(len(completions))]
-
-        trainer = tiny.trainer(tmp_path, reward=reward, scale_rewards=scale_rewards)
+    for trainer_class, ours in ((GRPOTrainer, {}), (ALPGRPOTrainer, {"alp_enabled": False, "alp_dual_clip": None})):
+        settings = ours | STOCK_DEFAULTS if ours else ours
+        trainer = tiny.trainer(tmp_path, trainer_class, reward=reward, **settings)
         trainer.train()
         runs.append(tiny.parameters(trainer.model))
-        assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-        assert trainer.state.log_history[0]["alp/unscored_rewards"] == 3
     assert_equal(*runs)
-    assert caplog.text.count("rewards are infinite") == (bad is not None and math.isinf(bad))
+    infinite = bad is not None and math.isinf(bad)
+    assert trainer.state.log_history[0]["alp/unscored_rewards"] == (0 if infinite else 3)
+    assert caplog.text.count("rewards are infinite") == infinite
+
+
+def test_a_reward_function_that_does_not_apply_leaves_no_completion_unscored(tmp_path):
+    def only(parity):
+        def reward(completions, **kwargs):
+            return [float(i) if i % 2 == parity else None for i in range(len(completions))]
+
+        reward.__name__ = f"only_{parity}"
+        return reward
+
+    trainer = tiny.trainer(tmp_path, reward=[only(0), only(1)])
+    trainer.train()
+    assert trainer.state.log_history[0]["alp/unscored_rewards"] == 0
 
 
 def test_fully_masked_batch_is_survived(tmp_path):
@@ -758,10 +773,10 @@ def test_vllm_server_must_return_processed_log_probs(tmp_path, mode):
     trainer.use_vllm, trainer.vllm_mode = True, "server"
     trainer.vllm_generation = types.SimpleNamespace(vllm_client=client)
     if mode == "processed_logprobs":
-        trainer._check_behaviour_policy()
+        check_server(trainer)
     else:
         with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):
-            trainer._check_behaviour_policy()
+            check_server(trainer)
 
 
 def test_dropout_is_warned_about_once_and_only_where_it_acts(tmp_path, caplog):
@@ -892,46 +907,68 @@ def test_a_logging_window_is_measured_as_a_whole(tmp_path):
         assert min(values) < whole[f"alp/{name}"] < max(values), name
 
 
-def test_the_last_steps_are_measured_when_they_fill_no_window(tmp_path):
+# Rows of the log: at the same steps and with the same keys as stock, whatever ends the run.
+LAST_ROWS = {
+    "a window that is not full": {"max_steps": 3, "logging_steps": 2},
+    "full windows": {"max_steps": 4, "logging_steps": 2},
+    "an evaluation comes last": {"max_steps": 3, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3},
+    "an evaluation each epoch": {"num_train_epochs": 2, "max_steps": -1, "logging_steps": 3, "eval_strategy": "epoch"},
+    "logging each epoch": {"num_train_epochs": 2, "max_steps": -1, "logging_strategy": "epoch"},
+    "no logging": {"max_steps": 3, "logging_strategy": "no"},
+    "a log that a callback asks for": {"max_steps": 4, "logging_steps": 10, "late": True},
+    "an evaluation that stops the run": {"max_steps": 8, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3,
+                                         "stop": True},
+}  # fmt: skip
+
+
+class LogAtThree(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = control.should_log or state.global_step == 3
+
+
+class Stop(TrainerCallback):  # as `EarlyStoppingCallback`
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+@pytest.mark.parametrize("watched", ["alp", "bypass", "instrument"])
+@pytest.mark.parametrize("case", LAST_ROWS)
+def test_the_log_has_stocks_rows_and_keys_and_the_last_window_is_in_it(tmp_path, case, watched):
+    settings = dict(LAST_ROWS[case])
+    late, stop = settings.pop("late", False), settings.pop("stop", False)
+    if "eval_strategy" in settings:
+        settings |= {"eval_dataset": tiny.prompts(4), "per_device_eval_batch_size": 4}
+    settings["train_dataset"] = tiny.prompts(6)  # 3 steps an epoch
+    runs = []
+    for ours in (False, True):
+        trainer_class = GRPOTrainer if not ours or watched == "instrument" else ALPGRPOTrainer
+        more = {"alp_enabled": watched == "alp"} if trainer_class is ALPGRPOTrainer else {}
+        trainer = tiny.trainer(tmp_path, trainer_class, **settings, **more)
+        if ours:
+            instrument(trainer)
+        for callback in [LogAtThree()] * late + [Stop()] * stop:
+            trainer.add_callback(callback)
+        output = trainer.train()
+        runs.append((trainer, output))
+    (stock, stock_output), (trainer, output) = runs
+    rows = [[{k for k in row if not k.startswith("alp/")} for row in t.state.log_history] for t in (stock, trainer)]
+    assert rows[0] == rows[1]
+    assert [r["step"] for r in stock.state.log_history] == [r["step"] for r in trainer.state.log_history]
+    assert {k for k in output.metrics if not k.startswith("alp/")} == stock_output.metrics.keys()
+    assert trainer.model.training == stock.model.training
+    # Every step is in one row: the steps since the last flush are in the summary, if there are any.
+    measured = [row["step"] for row in trainer.state.log_history if "alp/kl/k3" in row]
+    assert measured[-1] == trainer.state.global_step
+    assert not any("alp/kl/k3" in row for row in trainer.state.log_history if any(k.startswith("eval_") for k in row))
+
+
+def test_the_rows_that_log_an_update_are_those_that_measure_it(tmp_path):
     trainer = tiny.trainer(tmp_path, max_steps=3, logging_steps=2)
     trainer.train()
-    first, last, _ = trainer.state.log_history
-    assert "alp/kl/k3" in first and "alp/kl/k3" in last and last["step"] == 3
-
-
-@pytest.mark.parametrize("trainer_class", [ALPGRPOTrainer, GRPOTrainer])
-def test_the_last_steps_are_logged_when_an_evaluation_stops_the_run(tmp_path, trainer_class):
-    class Stop(TrainerCallback):  # as `EarlyStoppingCallback`
-        def on_evaluate(self, args, state, control, **kwargs):
-            control.should_training_stop = True
-
-    settings = {"eval_dataset": tiny.prompts(4), "eval_strategy": "steps", "eval_steps": 3}
-    settings |= {"per_device_eval_batch_size": 4, "callbacks": [Stop()]}
-    trainer = instrument(tiny.trainer(tmp_path, trainer_class, max_steps=8, logging_steps=2, **settings))
-    trainer.train()
-    rows = [row for row in trainer.state.log_history if "loss" in row]
-    assert [row["step"] for row in rows] == [2, 3]
-    assert all("reward" in row and "alp/kl/k3" in row for row in rows)
-
-
-def test_the_last_steps_are_logged_when_the_run_ends_with_an_evaluation(tmp_path):
-    settings = {
-        "eval_dataset": tiny.prompts(4),
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "per_device_eval_batch_size": 4,
-    }
-    trainer = tiny.trainer(tmp_path, max_steps=3, logging_steps=2, **settings)
-    trainer.train()
-    measured = [row["step"] for row in trainer.state.log_history if "alp/kl/k3" in row]
-    assert measured == [2, 3]
-    assert not trainer.model.training  # as TRL leaves it
-
-
-def test_a_run_that_does_not_log_is_not_made_to(tmp_path):
-    trainer = tiny.trainer(tmp_path, logging_strategy="no")
-    trainer.train()
-    assert not [row for row in trainer.state.log_history if "loss" in row]
+    window, summary = trainer.state.log_history
+    assert window["step"] == 2 and "loss" in window and "alp/kl/k3" in window
+    # As stock, whose summary has the rewards of the last, partial window.
+    assert "train_runtime" in summary and "reward" in summary and "alp/kl/k3" in summary
 
 
 def test_monitor_scores_once_every_so_many_steps_and_leaves_the_run_unchanged(tmp_path, monkeypatch):
@@ -949,7 +986,10 @@ def test_monitor_scores_once_every_so_many_steps_and_leaves_the_run_unchanged(tm
 @pytest.mark.parametrize("updates_per_batch", [1, 2, 3, 8, 10, 16, 40])
 def test_monitor_looks_at_rollouts_of_every_age_and_at_fresh_ones_soon_again(every, updates_per_batch):
     steps = [
-        step for step in range(1000 * every) if is_monitored(step, every, step % updates_per_batch, updates_per_batch)
+        step
+        for step in range(1000 * every)
+        if is_monitored(step, every)
+        or (step % updates_per_batch == 0 and is_first_fresh(step, every, updates_per_batch))
     ]
     assert 1000 <= len(steps) <= 1500
     assert all(any(step // every == window for step in steps) for window in range(0, 1000, 10))
@@ -962,13 +1002,13 @@ def test_monitor_looks_at_rollouts_of_every_age_and_at_fresh_ones_soon_again(eve
 
 def test_the_noise_is_measured_by_itself_on_the_tokens_that_are_monitored(tmp_path, monkeypatch):
     seen = {}
-    original = ALPGRPOTrainer._set_denominator
+    original = ALPWatcher.measure
 
-    def spy(trainer, logps, noise_off):
-        seen["gap"], seen["mask"] = logps.detach() - noise_off[0], trainer._update.mask.bool()
-        return original(trainer, logps, noise_off)
+    def spy(watcher, loss, logps, noise_off):
+        seen["gap"], seen["mask"] = logps - noise_off[0], loss.mask.bool()
+        return original(watcher, loss, logps, noise_off)
 
-    monkeypatch.setattr(ALPGRPOTrainer, "_set_denominator", spy)
+    monkeypatch.setattr(ALPWatcher, "measure", spy)
     trainer = tiny.trainer(tmp_path, alp_monitor_every=1, max_steps=1, alp_sigma_init=0.1)
     trainer.train()
     gap = seen["gap"][seen["mask"]]
@@ -998,8 +1038,9 @@ def test_inert_noise_is_warned_about_once_with_dtype_sigma_and_way_out(tmp_path,
         tmp_path, policy=policy, bf16=True, alp_sigma_init=1e-6, alp_noise_scale="absolute", max_steps=3
     )
     trainer.train()
-    (warning,) = re.findall(r"The noise is lost in rounding: .*", caplog.text)
+    (warning,) = re.findall(r"Noise is lost in rounding: .*", caplog.text)
     assert "in bfloat16, with sigma between 1e-06 and 1e-06" in warning and "alp_noise_scale='rms'" in warning
+    assert "only 0% of its standard deviation" in warning
     assert trainer.state.log_history[0]["alp/noise/effective/max"] < 0.1
     caplog.clear()
     tiny.trainer(tmp_path, max_steps=1).train()

@@ -15,7 +15,6 @@
 The old policy is the trainer's own, scored when the rollouts are made.
 """
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -23,6 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import trl_alp.perturbation
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, instrument
+from trl_alp.sigma import SigmaOptimizer
 
 
 TIS = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 5.0}
@@ -47,18 +47,17 @@ class LabTrainer(ALPGRPOTrainer):
     """Looks at the policy without noise in every `alp_monitor_every`-th update, so that the same updates of the arms
     without noise can be picked out to compare with."""
 
-    def _monitor_is_due(self):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.watcher.is_due = self._look_is_due
+
+    def _look_is_due(self):
         every = self.args.alp_monitor_every
         return self.args.alp_enabled and every > 0 and self.state.global_step % every == 0
 
 
 class SplitRatioTrainer(LabTrainer):
     """Noise on top of TRL's split ratio: perturbed policy / old policy, times truncated old policy / engine."""
-
-    def _generate(self, prompts):
-        output = super()._generate(prompts)
-        self._skip_scoring = False  # TRL scores the old policy, as without ALP
-        return output
 
     def _compute_loss(self, model, inputs):
         # Without the engine's log-probs ALP's denominator is the old policy's; the engine is in TRL's factor.
@@ -70,17 +69,9 @@ class DivergenceMaskTrainer(LabTrainer):
     from the engine's, mu, by more than `epsilon`. |pi - mu| <= epsilon is |pi / mu - 1| <= epsilon / mu, so this is
     TRL's clipping with a range for each token."""
 
-    @contextmanager
-    def _dual_clip(self, advantages):
-        knobs = self.epsilon_low, self.epsilon_high
-        probability = self._update.inputs["sampling_per_token_logps"].exp()
-        self.epsilon_low, self.epsilon_high = self.epsilon_low / probability, self.epsilon_high / probability
-        self.args.delta = DPPO_LARGEST_RATIO
-        try:
-            yield
-        finally:
-            self.args.delta = None
-            self.epsilon_low, self.epsilon_high = knobs
+    def _clip_range(self, inputs, epsilon_low, epsilon_high, delta):
+        probability = inputs["sampling_per_token_logps"].exp()
+        return epsilon_low / probability, epsilon_high / probability, DPPO_LARGEST_RATIO
 
 
 TRAINERS = {"alp": LabTrainer, "split": SplitRatioTrainer, "divergence": DivergenceMaskTrainer}
@@ -131,4 +122,8 @@ def _perturb_final_state(trainer: ALPGRPOTrainer) -> None:
     finally:
         trl_alp.perturbation.find_decoder_layers = find
     if trainer.sigma_optimizer is not None:
-        trainer.sigma_optimizer = torch.optim.Adam([trainer.perturbation.log_sigma], lr=args.alp_sigma_lr)
+        trainer.remove_callback(trainer.sigma_optimizer)
+        trainer.sigma_optimizer = SigmaOptimizer(
+            trainer.perturbation, trainer.accelerator, args.alp_sigma_lr, args.max_grad_norm
+        )
+        trainer.add_callback(trainer.sigma_optimizer)

@@ -4,7 +4,8 @@
 from .config import ALPGRPOConfig
 from .perturbation import LayerwisePerturbation
 from .ratio import log_importance_ratio
-from .trainer import ALPGRPOTrainer, instrument
+from .trainer import ALPGRPOTrainer
+from .watching import instrument
 
 
 __version__ = "0.1.0"

@@ -1,15 +1,15 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
 """`ALPGRPOConfig`: what ALP adds to TRL's `GRPOConfig`, with its checks."""
 
-import math
 from dataclasses import dataclass, field
 
 from accelerate.logging import get_logger
 from trl import GRPOConfig
 
-from .noise import check_noise_backend, check_noise_scale
-from .perturbation import check_sigma
-from .ratio import check_level
+from .noise import NOISE_BACKENDS, NOISE_SCALES, check_noise_backend, check_noise_scale
+from .perturbation import check_sigma, is_finite_number, parse_layers
+from .ratio import LEVELS, check_level
+from .sampling import neutral_value, reshaping
 
 
 logger = get_logger(__name__)  # speaks on the main process only
@@ -22,7 +22,7 @@ class ALPGRPOConfig(GRPOConfig):
 
     This class holds only what ALP (Adaptive Layerwise Perturbation, [arXiv
     2603.19470](https://huggingface.co/papers/2603.19470)) adds to [`~trl.GRPOConfig`]. "Reference code" below is the
-    paper's released code; `METHOD` notes on both are in `docs/method.md`.
+    paper's released code; `docs/method.md` says where the two and this package differ.
 
     Parameters:
         > Parameters that control the perturbation
@@ -40,7 +40,9 @@ class ALPGRPOConfig(GRPOConfig):
             `"rms"`: noise `sigma * RMS(h) * delta` with the RMS of each token's hidden state, ours. `"absolute"`:
             noise `sigma * delta`, the paper (section 3).
         alp_learn_sigma (`bool`, *optional*, defaults to `True`):
-            Whether sigma is trained together with the policy, one scalar per layer (paper, section 3).
+            Whether sigma is trained together with the policy, one scalar per layer (paper, section 3). Where the
+            lowest decoder layers hold nothing trainable (LoRA on the upper ones), their sigma keeps its initial
+            value: its gradient would keep activations that nothing else needs.
         alp_sigma_lr (`float`, *optional*, defaults to `5e-4`):
             Constant learning rate of `log_sigma`, in its own Adam without weight decay (reference code, multi-turn
             setting; its single-turn setting uses 1e-2).
@@ -49,9 +51,9 @@ class ALPGRPOConfig(GRPOConfig):
             bounds replace that.
         alp_sigma_max (`float`, *optional*, defaults to `0.5`):
             Upper bound on sigma.
-        alp_layers (`list[int]` or `str`, *optional*):
-            Which decoder layers to perturb: `None` for all (the best of the paper's layer ablation), a list of
-            indices, or a string such as `"0-5"`, `"first:6"`, `"last:5"` or `"0,3,7"`.
+        alp_layers (`list[int]`, `int` or `str`, *optional*):
+            Which decoder layers to perturb: `None` for all (the best of the paper's layer ablation), an index, a list
+            of indices, or a string such as `"0-5"`, `"first:6"`, `"last:5"` or `"0,3,7"`.
         alp_noise_backend (`str`, *optional*, defaults to `"auto"`):
             What generates and adds the noise: `"torch"`, `"triton"` (one fused kernel each way; an NVIDIA GPU), or
             `"auto"` for Triton on an NVIDIA GPU where it is installed and torch elsewhere. Both draw N(0, 1), but not
@@ -134,7 +136,7 @@ class ALPGRPOConfig(GRPOConfig):
         metadata={
             "help": "`rms`: noise relative to the RMS of each token's hidden state. `absolute`: the paper's "
             "sigma * delta.",
-            "choices": ["absolute", "rms"],
+            "choices": list(NOISE_SCALES),
         },
     )
     alp_learn_sigma: bool = field(
@@ -147,8 +149,8 @@ class ALPGRPOConfig(GRPOConfig):
     )
     alp_sigma_min: float = field(default=1e-6, metadata={"help": "Lower bound on sigma."})
     alp_sigma_max: float = field(default=0.5, metadata={"help": "Upper bound on sigma."})
-    # `list` first: `HfArgumentParser` reads such a field from the command line as the string that follows it.
-    alp_layers: list[int] | str | None = field(
+    # `str` second: `HfArgumentParser` reads such a field from the command line as that.
+    alp_layers: list[int] | str | int | None = field(
         default=None,
         metadata={
             "help": "Which decoder layers to perturb: all if not set, else for example `0-5`, `first:6`, `last:5` or "
@@ -161,14 +163,15 @@ class ALPGRPOConfig(GRPOConfig):
             "help": "What generates and adds the noise: `torch`, `triton` (one fused kernel each way; an NVIDIA GPU), "
             "or `auto` for Triton on an NVIDIA GPU where it is installed and torch elsewhere. The two draw different "
             "noise from the same seed, so resuming on the other one is not bit-exact.",
-            "choices": ["auto", "torch", "triton"],
+            "choices": list(NOISE_BACKENDS),
         },
     )
     alp_ratio_level: str = field(
         default="token",
         metadata={
             "help": "Level of the importance ratio: `token`, `sequence` (the true product), `sequence_geometric`, "
-            "`cumulative_token`, `cumulative_token_geometric` or `cumulative_turn`."
+            "`cumulative_token`, `cumulative_token_geometric` or `cumulative_turn`.",
+            "choices": list(LEVELS),
         },
     )
     alp_dual_clip: float | None = field(
@@ -189,23 +192,28 @@ class ALPGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sigma(self.alp_sigma_init, self.alp_sigma_min, self.alp_sigma_max)
-        check_noise_scale(self.alp_noise_scale)
-        check_noise_backend(self.alp_noise_backend, use_cpu=self.use_cpu)
-        check_level(self.alp_ratio_level)
-        if not (math.isfinite(self.alp_sigma_lr) and self.alp_sigma_lr > 0):
+        for name in ("alp_enabled", "alp_learn_sigma"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+        check_sigma(self.alp_sigma_init, self.alp_sigma_min, self.alp_sigma_max, prefix="alp_")
+        check_noise_scale(self.alp_noise_scale, "alp_noise_scale")
+        check_noise_backend(self.alp_noise_backend, use_cpu=self.use_cpu, name="alp_noise_backend")
+        check_level(self.alp_ratio_level, "alp_ratio_level")
+        parse_layers(self.alp_layers, None, "alp_layers")
+        if not is_finite_number(self.alp_sigma_lr) or self.alp_sigma_lr <= 0:
             raise ValueError(
-                f"alp_sigma_lr={self.alp_sigma_lr} must be finite and positive. To keep sigma fixed, set "
+                f"alp_sigma_lr={self.alp_sigma_lr!r} must be a finite, positive number. To keep sigma fixed, set "
                 "`alp_learn_sigma=False`."
             )
-        if self.alp_dual_clip is not None and not self.alp_dual_clip > 1:
+        if self.alp_dual_clip is not None and not (is_finite_number(self.alp_dual_clip) and self.alp_dual_clip > 1):
             raise ValueError(
-                f"alp_dual_clip={self.alp_dual_clip} must be above 1, or None for no bound on the ratio of tokens "
-                "with negative advantage."
+                f"alp_dual_clip={self.alp_dual_clip!r} must be a number above 1, or None for no bound on the ratio of "
+                "tokens with negative advantage."
             )
         if type(self.alp_monitor_every) is not int or self.alp_monitor_every < 0:
             raise ValueError(
-                f"alp_monitor_every={self.alp_monitor_every} must be a whole number of optimiser steps, or 0 for off."
+                f"alp_monitor_every={self.alp_monitor_every!r} must be a whole number of optimiser steps, or 0 for "
+                "off."
             )
         if self.alp_ratio_level != "token":
             for name, value in (
@@ -231,7 +239,24 @@ class ALPGRPOConfig(GRPOConfig):
         if self.delta is not None and self.alp_dual_clip is not None:
             logger.info(f"delta={self.delta} takes the place of alp_dual_clip={self.alp_dual_clip}.")
         epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        if epsilon_high < 1:
+        # The geometric mean, ours or TRL's (GSPO), is near 1 where the token ratios are not.
+        geometric = next(
+            (
+                f"{name}={value!r}"
+                for name, value, mean in (
+                    ("alp_ratio_level", self.alp_ratio_level, "sequence_geometric"),
+                    ("importance_sampling_level", self.importance_sampling_level, "sequence"),
+                )
+                if value == mean
+            ),
+            None,
+        )
+        if geometric and epsilon_high >= 1:
+            logger.info(
+                f"{geometric} takes the geometric mean of the token ratios, which hardly leaves 1, so that "
+                f"epsilon={self.epsilon}, epsilon_high={epsilon_high} clips nothing. GSPO's range is 3e-4 and 4e-4."
+            )
+        elif not geometric and epsilon_high < 1:
             logger.info(
                 f"epsilon_high={epsilon_high}: a single importance ratio carries the training-inference mismatch and "
                 "the noise inside it, and so narrow a range may clip those instead of the update. The paper uses "
@@ -241,23 +266,14 @@ class ALPGRPOConfig(GRPOConfig):
 
     def _warn_about_other_distributions(self) -> None:
         """Warn of sampling options that make the completions come from another distribution than the one scored."""
-        full = {
-            "top_p": (1.0, None), "top_k": (0, -1, None), "min_p": (0.0, None), "repetition_penalty": (1.0, None),
-            "vllm_structured_outputs_regex": (None,),
-            # Of `generation_kwargs`, with vLLM's and transformers' names.
-            "temperature": (self.temperature, None), "presence_penalty": (0.0, None), "frequency_penalty": (0.0, None),
-            "typical_p": (1.0, None), "no_repeat_ngram_size": (0, None), "min_tokens": (0, None),
-            "min_new_tokens": (0, None), "do_sample": (True, None), "num_beams": (1, None),
-            "epsilon_cutoff": (0.0, None), "eta_cutoff": (0.0, None), "logit_bias": (None, {}),
-            "bad_words": (None, []), "bad_words_ids": (None, []), "allowed_token_ids": (None, []),
-            "suppress_tokens": (None, []), "structured_outputs": (None,),
-        }  # fmt: skip
-        sampling = {name: getattr(self, name) for name in full if hasattr(self, name)}
-        sampling |= {name: value for name, value in (self.generation_kwargs or {}).items() if name in full}
-        if changed := {name: value for name, value in sampling.items() if value not in full[name]}:
+        names = ("top_p", "top_k", "min_p", "repetition_penalty", "vllm_structured_outputs_regex")
+        options = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        changed = reshaping(options | (self.generation_kwargs or {}), self.temperature)
+        if changed:
+            neutral = {name: neutral_value(name, self.temperature) for name in changed}
             logger.warning(
                 f"{', '.join(f'{name}={value}' for name, value in changed.items())}: completions are sampled from a "
                 "truncated or reweighted distribution, so the importance ratio against it is biased by the "
                 "probability mass that was cut off. For an unbiased ratio, sample from the full distribution: "
-                f"`{', '.join(f'{name}={full[name][0]}' for name in changed)}`."
+                f"`{', '.join(f'{name}={value}' for name, value in neutral.items())}`."
             )

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
 """What a trainer shows of its training-inference mismatch: metrics, envelope, files and health warnings.
 
-This module measures and writes; the trainer decides what is measured and when (`trainer.py`).
+This module measures and writes; what is measured and when is decided in `watching.py`.
 """
 
 import itertools
@@ -87,6 +87,8 @@ class Instruments:
             policy alone.
         monitored (`bool`, *optional*, defaults to `False`):
             Whether the noise-off policy is measured from time to time.
+        neftune (`bool`, *optional*, defaults to `False`):
+            Whether NEFTune's noise is on, which makes a policy disagree with itself as dropout does.
     """
 
     def __init__(
@@ -97,12 +99,13 @@ class Instruments:
         level: str = "token",
         perturbed: bool = False,
         monitored: bool = False,
+        neftune: bool = False,
     ) -> None:
         self.accelerator = accelerator
         self.folder = os.path.join(output_dir, FOLDER)
         self.report_to = report_to
         self.level = level
-        self.perturbed, self.monitored = perturbed, monitored
+        self.perturbed, self.monitored, self.neftune = perturbed, monitored, neftune
         self.meters = {policy: MismatchMeter(level) for policy in PREFIXES}
         self._staleness = [0, 0]  # sum and number over the micro-batches of the update
         self._engine = True  # whether an engine reported the behaviour log-probs
@@ -181,11 +184,11 @@ class Instruments:
             for policy, mismatch in measured.items()
             for name, value in mismatch.metrics.items()
         }
-        staleness, micro_batches = self._staleness
+        total, micro_batches = self._staleness
         if micro_batches:
-            metrics["alp/staleness"] = staleness / micro_batches
+            metrics["alp/staleness"] = total / micro_batches
         self._staleness = [0, 0]
-        self._check_health(measured)
+        self._check_health(measured, stale=total > 0)
         if measured and self.accelerator.is_main_process:
             self._show(measured, step, tensorboard)
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
@@ -196,7 +199,7 @@ class Instruments:
             return
         os.makedirs(self.folder, exist_ok=True)
         with open(os.path.join(self.folder, "metrics.jsonl"), "a") as file:
-            file.write(json.dumps(entry, default=_plain) + "\n")
+            file.write(json.dumps({name: _plain(value) for name, value in entry.items()}, allow_nan=False) + "\n")
 
     def _show(self, measured: dict[str, Mismatch], step: int, tensorboard: Any) -> None:
         rows = [
@@ -223,7 +226,7 @@ class Instruments:
                 tensorboard.add_text(f"{PREFIXES[policy]}/envelope", text, step)
                 _add_histogram(tensorboard, f"{PREFIXES[policy]}/token/log_ratio", mismatch.histogram, step)
 
-    def _check_health(self, measured: dict[str, Mismatch]) -> None:
+    def _check_health(self, measured: dict[str, Mismatch], stale: bool) -> None:
         # The engine is seen best in the policy that has neither noise nor updates in it.
         clean = [name for name in ("noise_off", "old", "update") if name in measured]
         unscored = [line for name in clean[-1:] for line in self._crossed(name, measured[name], UNSCORED_HEALTH)]
@@ -234,10 +237,11 @@ class Instruments:
         if unscored:
             logger.warning("; ".join(unscored) + ". " + _UNSCORED_ADVICE)
         if engine:
-            logger.warning("; ".join(engine) + ". " + (_ENGINE_ADVICE if self._engine else _NO_ENGINE_ADVICE))
+            cause = _NEFTUNE if self.neftune else _DROPOUT
+            logger.warning("; ".join(engine) + ". " + (_ENGINE_ADVICE if self._engine else _NO_ENGINE_ADVICE + cause))
         if update:
             noise = _NOISE_ADVICE if self.perturbed and not self.monitored else ""
-            logger.warning("; ".join(update) + ". " + noise + _UPDATE_ADVICE)
+            logger.warning("; ".join(update) + ". " + noise + (_STALE_ADVICE if stale else _FRESH_ADVICE))
 
     def _crossed(self, policy: str, mismatch: Mismatch, bounds: tuple[_Bound, ...]) -> list[str]:
         """Say of each bound that is crossed for the first time how far."""
@@ -261,17 +265,24 @@ _ENGINE_ADVICE = (
 )
 _NO_ENGINE_ADVICE = (
     "These rollouts are fresh and no engine reported log-probs: one policy scored the same tokens twice and disagrees "
-    "with itself. Usually this is dropout: set `disable_dropout=True`, and `lora_dropout=0`."
+    "with itself. "
 )
+_DROPOUT = "Usually this is dropout: set `disable_dropout=True`, and `lora_dropout=0`."
+_NEFTUNE = "This is NEFTune's noise: set `neftune_noise_alpha=None`."
 _UNSCORED_ADVICE = (
     "Tokens whose log-prob is not finite, the policy's or the behaviour policy's, are left out of the ratio; so many "
     "are a fault. Look at the `logprobs` that the engine or the `rollout_func` returns, or run `trl-alp-doctor`."
 )
 _NOISE_ADVICE = "The noise is part of it; `alp_monitor_every=10` logs the ratio without noise beside it. "
-_UPDATE_ADVICE = (
+_STALE_ADVICE = (
     "The policy of the update is far from the one that sampled: take fewer updates per batch of rollouts "
     "(`steps_per_generation`, `num_iterations`) or a lower learning rate. If it is as far at `alp/staleness` 0, look "
     "at the inference engine: run `trl-alp-doctor`."
+)
+_FRESH_ADVICE = (
+    "The policy of the update is far from the one that sampled, though no update lies between them "
+    "(`alp/staleness` is 0): with ALP's noise on, look at `alp/noise/kl/k3` and lower `alp_sigma_init`; else look at "
+    "the inference engine: run `trl-alp-doctor`."
 )
 
 
@@ -283,12 +294,15 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _plain(value: Any) -> float | str:
-    """For JSON: the log may hold tensors and numpy's numbers."""
+def _plain(value: Any) -> Any:
+    """For JSON: the log may hold tensors and numpy's numbers, and numbers that are not finite, which JSON lacks."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
         return str(value)
+    return number if math.isfinite(number) else None
 
 
 def _add_histogram(writer: Any, name: str, histogram: torch.Tensor, step: int) -> None:

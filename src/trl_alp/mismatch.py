@@ -162,6 +162,7 @@ class MismatchMeter:
         s = dict(zip(_SUMS, sums[: len(_SUMS)], strict=True))
         weights = dict(zip(self._names, pairs[1::2], strict=True))
         weights["unscored_share"] = s["unscored_tokens"] + s["tokens"]
+        weights |= dict.fromkeys(("kl/k1", "token/ess", "token/chi2"), s["tokens"])
         histograms = (counts[:_TOKEN_BINS].sum(0), *counts[_TOKEN_BINS:])
         shapes = {
             view: _shape(histogram, -extremes[2 * i + 1], extremes[2 * i])
@@ -211,7 +212,8 @@ class Mismatch:
         metrics (`dict[str, float]`):
             By name, as `docs/metrics.md` defines them; NaN where there was nothing to measure.
         weights (`dict[str, float]`):
-            Of how many tokens `unscored_share` and each of the further means are (the sum of its weights).
+            Of how many tokens the metrics with a health bound and each of the further means are (the sum of its
+            weights).
         envelope (`list[dict[str, float]]`):
             For each bin of behaviour-policy token probability that has tokens (`probability_low` exclusive,
             `probability_high` inclusive): their number and the percentiles 2, 25, 50, 75, 98 and extremes of their
@@ -227,8 +229,7 @@ class Mismatch:
 
 
 def clamped_gap(logps: torch.Tensor, behaviour_logps: torch.Tensor) -> torch.Tensor:
-    """`p - q` in nats, clamped to ±20 as in the loss; NaN where it is not finite, of which the clamp would make a
-    number.  # (B, T)"""
+    """`p - q` in nats, clamped to ±20 as in the loss; NaN where it is not finite.  # (B, T)"""
     gap = logps - behaviour_logps
     return torch.where(torch.isfinite(gap), gap, torch.nan).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 

@@ -76,23 +76,24 @@ def add_noise(
     return perturbed, _noise_power(hidden.detach(), perturbed.detach(), log_sigma.detach().exp(), scale)
 
 
-def check_noise_scale(noise_scale: str) -> None:
-    """Raise a `ValueError` unless `noise_scale` is known."""
+def check_noise_scale(noise_scale: str, name: str = "noise_scale") -> None:
+    """Raise a `ValueError`, which calls it `name`, unless `noise_scale` is known."""
     if noise_scale not in NOISE_SCALES:
-        raise ValueError(f"alp_noise_scale={noise_scale!r} is unknown. Use one of {list(NOISE_SCALES)}.")
+        raise ValueError(f"{name}={noise_scale!r} is unknown. Use one of {list(NOISE_SCALES)}.")
 
 
-def check_noise_backend(backend: str, use_cpu: bool = False) -> None:
-    """Raise a `ValueError` unless `backend` is known and can run here (with `use_cpu`, on the CPU)."""
+def check_noise_backend(backend: str, use_cpu: bool = False, name: str = "noise_backend") -> None:
+    """Raise a `ValueError`, which calls it `name`, unless `backend` is known and can run here (with `use_cpu`, on the
+    CPU)."""
     if backend not in NOISE_BACKENDS:
-        raise ValueError(f"alp_noise_backend={backend!r} is unknown. Use one of {list(NOISE_BACKENDS)}.")
+        raise ValueError(f"{name}={backend!r} is unknown. Use one of {list(NOISE_BACKENDS)}.")
     if backend != "triton":
         return
     way_out = 'use `"auto"`, which falls back to torch.'
     if noise_triton is None:
-        raise ValueError(f"alp_noise_backend='triton' needs Triton: `pip install triton`, or {way_out}")
+        raise ValueError(f"{name}='triton' needs Triton: `pip install triton`, or {way_out}")
     if not noise_triton.INTERPRETED and (use_cpu or not _HAS_TRITON or not torch.cuda.is_available()):
-        raise ValueError(f"alp_noise_backend='triton' needs an NVIDIA GPU, and this run uses none; {way_out}")
+        raise ValueError(f"{name}='triton' needs an NVIDIA GPU, and this run uses none; {way_out}")
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

@@ -12,12 +12,20 @@ model.
 The noise is replayed, never stored: forward and backward draw the same `delta` from the same seed, so the perturbation
 costs no activation memory and the global random state is never touched. `noise.py` computes the sum and its gradient,
 here it enters the model. This module knows nothing of TRL.
+
+A scoring pass is what runs inside `LayerwisePerturbation.applied`. Gradient checkpointing may run its layers again in
+backward, and must then meet the same noise; a forward of the same layers that belongs to no pass must meet none. The
+two are told apart by autograd's sequence numbers, which only ever grow: the node whose backward asks for a layer again
+was made between the beginning and the end of its pass.
 """
 
 import inspect
 import math
+import numbers
 import re
 import weakref
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +39,11 @@ from .noise import NoiseBackend, NoiseScale, add_noise, check_noise_backend, che
 # Odd multiplier (2**64 / golden ratio): spreads neighbouring seeds over the whole range, and being odd it maps
 # distinct numbers to distinct numbers, both modulo 2**64 and modulo 2**32.
 _ODD_MULTIPLIER = 0x9E3779B97F4A7C15
+# How far the seeds of the forwards of one pass lie apart: more than a run has micro-batches, few enough to keep 16
+# forwards of 32 layers distinct in the 32 bits of a seed that torch's CPU generator keeps.
+_FORWARD_STRIDE = 2**23
+# Scoring passes whose backward may still come. A trainer forgets them at each step; this bounds those who do not.
+_REMEMBERED_PASSES = 1024
 
 
 def noise_seed(run_seed: int, micro_batch: int) -> int:
@@ -101,55 +114,123 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
     return next(iter(found.values()))
 
 
-def parse_layers(layers: Sequence[int] | int | str | None, num_layers: int) -> list[int]:
+def first_trained_layer(model: nn.Module) -> int:
+    """
+    The lowest decoder layer whose input the gradient of the loss has to reach for the model's own parameters.
+
+    Sigma of the layers below it is not worth training: its gradient would keep activations that nothing else needs.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, bare or wrapped.
+
+    Returns:
+        `int`: Index of the lowest decoder layer that holds a trainable parameter, 0 if anything that feeds the layers
+            (an embedding, a vision tower) is trainable, the number of layers if nothing but the final norm and the
+            output embedding is.
+    """
+    layers = find_decoder_layers(model)
+    base = next(m for m in model.modules() if hasattr(m, "get_decoder") and hasattr(m, "config"))
+    decoder_modules = list(base.get_decoder().modules())
+    place = next(i for i, module in enumerate(decoder_modules) if module is layers)
+    in_layers = {id(module) for module in layers.modules()}
+
+    def own_parameters(modules):
+        return {id(p) for module in modules if id(module) not in in_layers for p in module.parameters(recurse=False)}
+
+    front = own_parameters(decoder_modules[:place])  # a tied output embedding is one of them
+    head = base.get_output_embeddings()
+    behind = own_parameters([*decoder_modules[place:], *(head.modules() if head is not None else ())]) - front
+    layer_of = {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
+    trained = [id(p) for p in model.parameters() if p.requires_grad and id(p) not in behind]
+    return min((layer_of.get(p, 0) for p in trained), default=len(layers))
+
+
+def parse_layers(
+    layers: Sequence[int] | int | str | None, num_layers: int | None, name: str = "layers"
+) -> list[int] | None:
     """
     Turn a choice of layers into sorted layer indices.
 
     Args:
         layers (`list[int]`, `int` or `str`, *optional*):
-            `None` or `"all"` for all layers, an index or a list of them, or a string of comma-separated parts, each of
-                them an
-            index (`"7"`), an inclusive range (`"0-5"`), `"first:6"` or `"last:5"`.
-        num_layers (`int`):
-            How many layers the model has.
+            `None` or `"all"` for all layers, an index or a list of them, or a string of comma-separated parts, each
+            of them an index (`"7"`), an inclusive range (`"0-5"`), `"first:6"` or `"last:5"`.
+        num_layers (`int`, *optional*):
+            How many layers the model has. `None` where there is no model yet: the choice is checked as far as it goes.
+        name (`str`, *optional*, defaults to `"layers"`):
+            What errors call the choice.
 
     Returns:
-        `list[int]`: Layer indices, increasing.
+        `list[int]`: Layer indices, increasing; `None` without `num_layers`.
 
     Raises:
         `ValueError`: If the choice is empty, cannot be read, names a layer twice or one the model does not have.
     """
-    has = f"the model has {num_layers} layers (0 to {num_layers - 1})"
+    has = "" if num_layers is None else f" The model has {num_layers} layers (0 to {num_layers - 1})."
+    total = 10**6 if num_layers is None else num_layers
 
-    def read(part: str) -> list[int]:
+    def wrong(why: str) -> ValueError:
+        return ValueError(f"{name}={layers!r} {why}.{has}")
+
+    def read(part: str) -> range:
         if match := re.fullmatch(r"(first|last):(\d+)", part):
             count = int(match[2])
-            if not 0 < count <= num_layers:
-                raise ValueError(f"alp_layers={layers!r} asks for {part!r}, but {has}.")
-            return list(range(count)) if match[1] == "first" else list(range(num_layers - count, num_layers))
+            if count == 0:
+                raise wrong(f"chooses no layer at {part!r}; ask for at least one")
+            if count > total:
+                raise wrong(f"asks for more layers than there are at {part!r}")
+            return range(count) if match[1] == "first" else range(total - count, total)
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise ValueError(
-                f"alp_layers={layers!r} cannot be read at {part!r}. Use indices and inclusive ranges (`'0-5,7'`), "
-                f"`'first:6'`, `'last:5'`, a list of integers, or None for all layers; {has}."
+            raise wrong(
+                f"cannot be read at {part!r}; use indices and inclusive ranges (`'0-5,7'`), `'first:6'`, `'last:5'`, "
+                "a list of integers, or None for all layers"
             )
-        return list(range(int(match[1]), int(match[2] or match[1]) + 1))
+        return range(int(match[1]), int(match[2] or match[1]) + 1)
 
     if layers is None or layers == "all":
-        return list(range(num_layers))
+        return None if num_layers is None else list(range(num_layers))
     if isinstance(layers, str):
         indices = [index for part in layers.split(",") if part.strip() for index in read(part.strip())]
     else:
-        indices = [layers] if isinstance(layers, int) else list(layers)
+        indices = list(layers) if isinstance(layers, Sequence) else [layers]
         if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
-            raise ValueError(f"alp_layers={layers!r} must hold integers only; {has}.")
+            raise wrong("must be an integer, a list of integers, a string such as `'first:6'`, or None for all layers")
     if not indices:
-        raise ValueError(f"alp_layers={layers!r} chooses no layer; {has}. Use `alp_enabled=False` to turn ALP off.")
-    if outside := [index for index in indices if not 0 <= index < num_layers]:
-        raise ValueError(f"alp_layers={layers!r} names the layers {outside}, but {has}.")
+        raise wrong("chooses no layer; leave it None for all of them")
+    if outside := [index for index in indices if not 0 <= index < total]:
+        raise wrong(f"names the layers {outside}, which are not there")
     if len(set(indices)) != len(indices):
-        raise ValueError(f"alp_layers={layers!r} names a layer more than once; {has}.")
-    return sorted(indices)
+        raise wrong("names a layer more than once")
+    return None if num_layers is None else sorted(indices)
+
+
+class _ScoringPass:
+    """What a recompute in backward has to know of the pass whose layers it runs again."""
+
+    def __init__(self, seed: int, num_layers: int):
+        self.seed = seed
+        self.began = torch._C._autograd._get_sequence_nr()
+        self.ended: int | float = math.inf  # while it is open
+        # Of each perturbed layer, the sequence number at each of its calls.
+        self.calls: list[list[int]] = [[] for _ in range(num_layers)]
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the noise entered at least one layer."""
+        return any(self.calls)
+
+    def add_call(self, position: int) -> int:
+        """Note a call of a layer, and return which one of this pass it is, from 0."""
+        # Reentrant checkpointing runs the layer without gradient, inside a node that has its number already.
+        inside_a_node = not torch.is_grad_enabled()
+        self.calls[position].append(torch._C._autograd._get_sequence_nr() - inside_a_node)
+        return len(self.calls[position]) - 1
+
+    def call_of(self, position: int, number: int) -> int:
+        """Which call of a layer made the node with that sequence number."""
+        return bisect_right(self.calls[position], number) - 1
 
 
 class _InputHook:
@@ -161,19 +242,21 @@ class _InputHook:
 
     def __init__(self, perturbation: "LayerwisePerturbation", position: int, input_name: str):
         self.perturbation = weakref.ref(perturbation)
-        self.switch = perturbation.switch
+        self.switch, self.seen = perturbation.switch, perturbation.seen
         self.position = position
         self.input_name = input_name
 
     def __reduce__(self):
         return (_inert_hook, ())
 
-    # With the noise off `torch.compile` sees a hook that does nothing, and the model stays one graph.
+    # Outside a scoring pass `torch.compile` sees a hook that sets a flag, and the model stays one graph.
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if torch.is_grad_enabled():
+            self.seen["ran"] = True
         return self.perturb_input(args, kwargs) if self.switch["on"] else None
 
-    # With the noise on the graph breaks here: a Python-int seed would recompile at every step, and a generator cannot
-    # be traced.
+    # Inside one the graph breaks here: a Python-int seed would recompile at every step, and a generator cannot be
+    # traced.
     @torch.compiler.disable
     def perturb_input(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         perturb = self.perturbation().perturb
@@ -201,17 +284,17 @@ class LayerwisePerturbation(nn.Module):
     Args:
         model (`torch.nn.Module`):
             A Hugging Face decoder language model, bare or wrapped (PEFT, DDP, FSDP, DeepSpeed, `torch.compile`).
-        layers (`list[int]` or `str`, *optional*):
-            Which decoder layers to perturb: `None` for all (the paper's best, its layer ablation), a list of indices,
-            or a string such as `"0-5"`, `"first:6"`, `"last:5"` or `"0,3,7"`.
+        layers (`list[int]`, `int` or `str`, *optional*):
+            Which decoder layers to perturb: `None` for all (the paper's best, its layer ablation), an index, a list of
+            indices, or a string such as `"0-5"`, `"first:6"`, `"last:5"` or `"0,3,7"`.
         sigma_init (`float`, *optional*, defaults to `0.01`):
             Initial noise level of every layer: a standard deviation (`"absolute"`) or a fraction of the RMS of the
             hidden state (`"rms"`).
         learnable (`bool`, *optional*, defaults to `True`):
             Whether `log_sigma` gets gradients.
-        noise_scale (`str`, *optional*, defaults to `"absolute"`):
-            `"absolute"`, the paper's `sigma * delta`, or `"rms"`, `sigma * RMS(h) * delta` with the detached RMS of
-            each token.
+        noise_scale (`str`, *optional*, defaults to `"rms"`):
+            `"rms"`, `sigma * RMS(h) * delta` with the detached RMS of each token, or `"absolute"`, the paper's
+            `sigma * delta`. The default `sigma_init` is meant for `"rms"`.
         noise_backend (`str`, *optional*, defaults to `"auto"`):
             What adds the noise, see [`noise.add_noise`]: `"torch"`, `"triton"`, or `"auto"` for Triton on an NVIDIA
             GPU where it is installed and torch elsewhere. The backends draw different noise from the same seed.
@@ -227,6 +310,9 @@ class LayerwisePerturbation(nn.Module):
             The perturbed layers, in the order of `log_sigma`.
         num_layers (`int`):
             How many decoder layers the model has.
+        first_trained (`int`):
+            Sigma of the layers below this one gets no gradient; their noise stays. 0 at first, see
+            [`first_trained_layer`].
 
     Raises:
         `ValueError`: If the model has no decoder layers, `layers` does not fit it, `noise_scale` or
@@ -236,9 +322,10 @@ class LayerwisePerturbation(nn.Module):
     Example:
 
     ```python
-    >>> perturbation = LayerwisePerturbation(model, sigma_init=0.01, noise_scale="rms")
+    >>> perturbation = LayerwisePerturbation(model, sigma_init=0.01)
     >>> with perturbation.applied(seed=0):
-    ...     model(input_ids, labels=input_ids).loss.backward()
+    ...     loss = model(input_ids, labels=input_ids).loss
+    >>> loss.backward()
     >>> perturbation.log_sigma.grad.shape
     torch.Size([24])
     ```
@@ -247,10 +334,10 @@ class LayerwisePerturbation(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[int] | str | None = None,
+        layers: Sequence[int] | int | str | None = None,
         sigma_init: float = 0.01,
         learnable: bool = True,
-        noise_scale: NoiseScale = "absolute",
+        noise_scale: NoiseScale = "rms",
         sigma_min: float = 1e-6,
         sigma_max: float = 0.5,
         noise_backend: NoiseBackend = "auto",
@@ -271,8 +358,11 @@ class LayerwisePerturbation(nn.Module):
         # Mean square of the noise (asked, realised) at each layer, over a sample of positions of the latest forward.
         self.register_buffer("noise_power", torch.zeros(*size, 2), persistent=False)
         self.hidden_dtype: torch.dtype | None = None  # of the latest perturbed forward
-        self.seed: int | None = None
-        self.switch = {"on": False}  # shared with the hooks
+        self.first_trained = 0
+        self.scoring: _ScoringPass | None = None  # the one that is open
+        self.passes: deque[_ScoringPass] = deque(maxlen=_REMEMBERED_PASSES)  # closed; their backward may still come
+        # Shared with the hooks: whether they have a pass to look at, and whether a forward with gradient reached them.
+        self.switch, self.seen = {"on": False}, {"ran": False}
         handles = []
         for position, index in enumerate(self.layer_indices):
             layer = decoder_layers[index]
@@ -287,45 +377,82 @@ class LayerwisePerturbation(nn.Module):
         return self.log_sigma.detach().exp()
 
     @contextmanager
-    def applied(self, seed: int) -> Iterator[None]:
+    def applied(self, seed: int) -> Iterator[_ScoringPass]:
         """
-        Perturb every forward of the model inside the context.
+        A scoring pass: perturb every forward of the model inside the context.
 
-        Keep the context open until `backward` has finished: gradient checkpointing may run the layers again there, and
-        must then meet the same noise.
+        The backward may come when the context is closed, with other passes and plain forwards in between: where
+        gradient checkpointing runs a layer again, it meets the noise of its own pass.
 
         Args:
             seed (`int`):
                 Seed of the noise. The same seed gives the same noise for the same input shape, device and backend; no
-                two (seed, layer) pairs share a stream. See [`noise_seed`].
+                two (seed, layer) pairs share a stream, nor do two forwards of one pass. See [`noise_seed`].
+
+        Raises:
+            `RuntimeError`: If a pass is open already.
         """
-        if self.seed is not None:
+        if self.scoring is not None:
             raise RuntimeError("`applied` is already active; leave the outer context first.")
-        self.seed, self.switch["on"] = int(seed), True
+        scoring = self.scoring = _ScoringPass(int(seed), len(self.layer_indices))
+        self.switch["on"] = True
         self.noise_power.zero_()
         try:
-            yield
+            yield scoring
+            scoring.ended = torch._C._autograd._get_sequence_nr()
+            if scoring.ended > scoring.began:  # it has a graph
+                self.passes.append(scoring)
         finally:
-            self.seed, self.switch["on"] = None, False
+            self.scoring = None
+            self.switch["on"] = len(self.passes) > 0
+
+    def forget_passes(self) -> None:
+        """Forget the closed passes; to be called when their backward is done, or will not come."""
+        self.passes.clear()
+        self.switch["on"] = self.scoring is not None
 
     def perturb(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
-        """Add the noise of the perturbed layer at `position` to its input.  # (B, T, H) -> (B, T, H)"""
+        """Add the noise of the perturbed layer at `position` to its input, if this forward belongs to a scoring pass.
+        # (B, T, H) -> (B, T, H)"""
+        seed = self._seed_of_this_forward(position)
+        if seed is None:
+            return hidden
         # Odd multiples of distinct numbers stay distinct modulo 2**32 too, which is all that torch's CPU generator
         # keeps of a seed.
-        layer_seed = (self.seed * self.num_layers + self.layer_indices[position]) * _ODD_MULTIPLIER % 2**64
+        layer_seed = (seed * self.num_layers + self.layer_indices[position]) * _ODD_MULTIPLIER % 2**64
         log_sigma = self.log_sigma[position].to(hidden.device)
+        if self.layer_indices[position] < self.first_trained:
+            log_sigma = log_sigma.detach()
         perturbed, power = add_noise(hidden, log_sigma, layer_seed, self.noise_scale, self.noise_backend)
         self.hidden_dtype = hidden.dtype
         self.noise_power[position] = power
         return perturbed
+
+    def _seed_of_this_forward(self, position: int) -> int | None:
+        """Seed of the forward that a layer is in: of the open pass, or in backward of the one it is recomputed for."""
+        if torch._C._current_graph_task_id() == -1:  # not in backward
+            scoring = self.scoring
+            if scoring is None:
+                return None
+            call = scoring.add_call(position)
+        else:
+            number = torch._C._current_autograd_node()._sequence_nr()
+            passes = [*self.passes, *([] if self.scoring is None else [self.scoring])]
+            scoring = next((each for each in passes if each.began <= number < each.ended), None)
+            if scoring is None:
+                return None
+            call = scoring.call_of(position, number)
+        return scoring.seed + call * _FORWARD_STRIDE
 
     def effective_noise(self) -> torch.Tensor:
         """
         Fraction of the asked noise that survived rounding at each layer's input, in the latest perturbed forward.
 
         Realised over asked standard deviation: about 1 where the format of the hidden states resolves the noise, 0
-        where adding it changed no bit. Measured on a sample of positions; NaN before the first perturbed forward.  #
-        (L,)
+        where adding it changed no bit. Measured on a sample of positions; NaN before the first perturbed forward.
+
+        Returns:
+            `torch.Tensor` of shape `(L,)`.
         """
         asked, realised = self.noise_power.unbind(-1)
         return (realised / asked).sqrt()
@@ -339,17 +466,22 @@ class LayerwisePerturbation(nn.Module):
         return f"layers={self.layer_indices} of {self.num_layers}, noise_scale={self.noise_scale!r}"
 
 
-def check_sigma(sigma_init: float, sigma_min: float, sigma_max: float) -> None:
-    """Raise a `ValueError` unless `0 < sigma_min <= sigma_init <= sigma_max`, all finite."""
+def check_sigma(sigma_init: float, sigma_min: float, sigma_max: float, prefix: str = "") -> None:
+    """Raise a `ValueError` unless `0 < sigma_min <= sigma_init <= sigma_max`, all finite; `prefix` comes before the
+    names."""
     for name, value in (("sigma_init", sigma_init), ("sigma_min", sigma_min), ("sigma_max", sigma_max)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(
-                f"alp_{name}={value} must be finite and positive. To train without noise, set `alp_enabled=False`."
-            )
+        if not is_finite_number(value) or value <= 0:
+            raise ValueError(f"{prefix}{name}={value!r} must be a finite, positive number.")
     if not sigma_min <= sigma_init <= sigma_max:
         raise ValueError(
-            f"alp_sigma_min={sigma_min} <= alp_sigma_init={sigma_init} <= alp_sigma_max={sigma_max} must hold."
+            f"{prefix}sigma_min={sigma_min} <= {prefix}sigma_init={sigma_init} <= {prefix}sigma_max={sigma_max} must "
+            "hold."
         )
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether `value` is a real number, no bool, and finite."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _remove_hooks(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

@@ -143,7 +143,35 @@ def log_importance_ratio(
     return raw_log_ratio(gap, mask, level, turn_ids).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def check_level(level: str) -> None:
-    """Raise a `ValueError` unless `level` is one of [`LEVELS`]."""
+def dual_clip(
+    advantages: torch.Tensor, epsilon_low: float, epsilon_high: float, bound: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Clip range of each sequence that bounds the ratio by `bound` where the advantage is negative, and only there.
+
+    The clipped surrogate `max(-A r', -A clip(r, 1 - low, 1 + high))` with `r' = min(r, ceiling)` is then
+    `min(-A bound, max(-A r, -A clip(r, 1 - epsilon_low, 1 + epsilon_high)))` for `A < 0`, also where `bound` is below
+    `1 + epsilon_high`, and unchanged elsewhere.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`):
+            Advantages.
+        epsilon_low (`float`):
+            Lower clip range.
+        epsilon_high (`float`):
+            Upper clip range.
+        bound (`float`):
+            The bound, above 1 (the paper's dual clip `c`).
+
+    Returns:
+        `tuple` of three `torch.Tensor` of shape `(B, 1)` or `(B, T)`: `low`, `high` and `ceiling`.
+    """
+    advantages = advantages if advantages.dim() > 1 else advantages.unsqueeze(1)
+    ceiling = torch.full_like(advantages, torch.inf).masked_fill(advantages < 0, bound)
+    return torch.full_like(ceiling, epsilon_low), (ceiling - 1).clamp(max=epsilon_high), ceiling
+
+
+def check_level(level: str, name: str = "level") -> None:
+    """Raise a `ValueError`, which calls it `name`, unless `level` is one of [`LEVELS`]."""
     if level not in LEVELS:
-        raise ValueError(f"alp_ratio_level={level!r} is unknown. Use one of {list(LEVELS)}.")
+        raise ValueError(f"{name}={level!r} is unknown. Use one of {list(LEVELS)}.")

@@ -1,0 +1,421 @@
+# Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
+"""Attaches instruments to a trainer, ALP's or stock, from outside: what is measured, when, and where it is logged.
+
+A watcher stands around the trainer's own methods and steers nothing. What the instruments do with what they are given
+is in `instruments.py`.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from .instruments import Instruments
+from .mismatch import clamped_gap
+from .ratio import log_importance_ratio
+
+
+logger = get_logger(__name__)  # speaks on the main process only
+
+# Loss types of TRL that clip the ratio; the others (cispo, sapo, vespo) bound it in their own way.
+CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+# Realised over asked standard deviation of the noise, below which it is said that rounding eats it.
+_LOST_NOISE = 0.5
+# Share of tokens clipped before any update since their generation that earns a warning.
+_CLIPPED_MISMATCH = 0.1
+
+
+class _Loss:
+    """A loss being computed: what is known of its micro-batch before it is scored."""
+
+    def __init__(self, inputs: dict[str, Any], clip: tuple[float, float, float]):
+        mask, tool_mask = inputs.get("completion_mask"), inputs.get("tool_mask")
+        self.mask = mask if mask is None or tool_mask is None else mask * tool_mask  # (B, T)
+        self.engine_logps = inputs.get("sampling_per_token_logps")  # (B, T), as those of the old policy
+        self.old_logps = inputs.get("old_per_token_logps")
+        self.advantages = inputs.get("advantages")  # (B,) or (B, T)
+        self.clip = clip  # low, high and dual, as they are outside of any loss
+        self.scored = False
+
+
+class Watcher(TrainerCallback):
+    """
+    Watches the rollouts, the scoring and the log of a [`~trl.GRPOTrainer`], and feeds its instruments.
+
+    Over all processes it pools where a log is due and at the end of training, which all of them reach; `log` alone may
+    be called by one.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer; its `instruments` are given what is seen.
+    """
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self.trainer = trainer
+        self.updates = 0  # optimiser steps so far; unlike `state.global_step` it goes on when `train` is called again
+        self.generated_at = 0  # of them, when the latest rollouts were generated
+        self._loss: _Loss | None = None
+        self._pending: dict[str, float] = {}  # measured, for the row of the log that comes next
+        self._rewards = [0, 0]  # completions that no reward function scored, and batches of rollouts
+        self._saw_scoring = False  # since the last optimiser step
+        self._warned: set[str] = set()
+        for name, watch in (
+            ("_generate_and_score_completions", self.watch_rollouts),
+            ("_calculate_rewards", self.watch_rewards),
+            ("compute_loss", self.watch_loss),
+            ("_compute_loss", self.watch_loss),
+            ("_get_per_token_logps_and_entropies", self.watch_scoring),
+            ("_maybe_log_save_evaluate", self.watch_logging),
+            ("_finalize_training", self.watch_end),
+            ("log", self.watch_log),
+        ):
+            setattr(trainer, name, partial(watch, getattr(trainer, name)))
+
+    def warn_once(self, subject: str, message: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
+            logger.warning(message)
+
+    # ---- Rollouts ----
+
+    def watch_rollouts(self, generate: Callable, inputs):
+        training = self.trainer.model.training
+        output = generate(inputs)
+        if training:
+            self.generated_at = self.updates
+        return output
+
+    def watch_rewards(self, calculate: Callable, *args, **kwargs):
+        rewards = calculate(*args, **kwargs)  # (N, number of reward functions), of all processes
+        infinite = int(torch.isinf(rewards).sum())
+        if self.trainer.model.training:
+            self._rewards[0] += int(torch.isnan(rewards).all(dim=1).sum())
+            self._rewards[1] += 1
+        if infinite:
+            self.warn_once(
+                "rewards",
+                f"{infinite} rewards are infinite, which leaves the advantages of their groups without meaning (TRL "
+                "makes them 0, or the largest number there is). Let the reward function return a finite number, or "
+                "None where it cannot score.",
+            )
+        return rewards
+
+    # ---- The loss ----
+
+    def watch_loss(self, compute: Callable, model, inputs, *args, **kwargs):
+        outer = self._loss
+        if torch.is_grad_enabled():  # an evaluation has none
+            self._loss = _Loss(inputs, self._clip() if outer is None else outer.clip)
+        try:
+            return compute(model, inputs, *args, **kwargs)
+        finally:
+            self._loss = outer
+
+    def _clip(self) -> tuple[float, float, float]:
+        trainer = self.trainer
+        dual = next((c for c in (trainer.args.delta, getattr(trainer.args, "alp_dual_clip", None)) if c), math.inf)
+        return trainer.epsilon_low, trainer.epsilon_high, dual
+
+    def watch_scoring(self, score: Callable, *args, **kwargs):
+        loss = self._loss
+        # The loss of a subclass may score more than once; a pass without gradient is of another policy.
+        if loss is None or loss.scored or not torch.is_grad_enabled():
+            return score(*args, **kwargs)
+        loss.scored = True
+        noise_off = self.look_without_noise(score, *args, **kwargs)
+        output = score(*args, **kwargs)
+        logps = output[0].detach()
+        if loss.mask is not None and logps.shape == loss.mask.shape:
+            self._saw_scoring = True
+            self.measure(loss, logps, noise_off)
+        return output
+
+    def look_without_noise(self, score: Callable, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None
+
+    def measure(self, loss: _Loss, logps: torch.Tensor, noise_off: tuple | None) -> None:
+        """Give the instruments one scored micro-batch; `logps` are (B, T)."""
+        record, staleness = self.trainer.instruments.record, self.updates - self.generated_at
+        engine, old = loss.engine_logps, loss.old_logps
+        # On-policy TRL scores no old policy: it is the current one.
+        behaviour = next(each for each in (engine, old, logps) if each is not None)
+        means = self.further_means(loss, logps, behaviour, staleness, noise_off)
+        record("update", logps, behaviour, loss.mask, staleness, means, engine is not None)
+        if engine is not None and old is not None:
+            record("old", old, engine, loss.mask, staleness=0)
+
+    def further_means(self, *args) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {}
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.updates += 1
+        if not self._saw_scoring:
+            self.warn_once(
+                "scoring",
+                f"The loss of {type(self.trainer).__name__} does not score the policy as GRPOTrainer's does (by "
+                "`_get_per_token_logps_and_entropies`, inside `compute_loss`, a micro-batch at a time); the "
+                "instruments have nothing to measure.",
+            )
+        self._saw_scoring = False
+
+    # ---- The log ----
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._pending, self._rewards = {}, [0, 0]
+        self.trainer.instruments.begin(state.global_step)
+
+    def watch_logging(self, maybe_log: Callable, *args, **kwargs):
+        state = self.trainer.state
+        if self.trainer.control.should_log and state.global_step > self.trainer._globalstep_last_logged:
+            self.flush()
+        return maybe_log(*args, **kwargs)
+
+    def watch_end(self, finalize: Callable, *args, **kwargs):
+        self.flush()
+        return finalize(*args, **kwargs)
+
+    def watch_log(self, log: Callable, logs: dict[str, float], *args, **kwargs):
+        if not any(name.startswith("eval_") for name in logs):
+            logs.update(self._pending)
+            self._pending = {}
+        return log(logs, *args, **kwargs)
+
+    def flush(self) -> None:
+        """Pool all that was measured since the last time over processes, for the row of the log that comes next."""
+        callbacks = self.trainer.callback_handler.callbacks
+        tensorboard = next((c.tb_writer for c in callbacks if getattr(c, "tb_writer", None) is not None), None)
+        metrics = self.trainer.instruments.flush(self.trainer.state.global_step, tensorboard)
+        unscored, batches = self._rewards
+        if batches:
+            metrics["alp/unscored_rewards"] = unscored / batches
+        self._rewards = [0, 0]
+        self._pending |= metrics
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.trainer.instruments.append(state.log_history[-1])
+
+
+class ALPWatcher(Watcher):
+    """
+    Watches an [`ALPGRPOTrainer`]: also how much is clipped, the size of the noise and of sigma, and, in the updates
+    that `alp_monitor_every` chooses, the policy without noise.
+
+    Args:
+        trainer ([`ALPGRPOTrainer`]):
+            The trainer, with its `perturbation` and `sigma_optimizer`.
+    """
+
+    def __init__(self, trainer) -> None:
+        super().__init__(trainer)
+        self._noise: torch.Tensor | None = None  # see `_pool_noise`
+
+    def is_due(self) -> bool:
+        """Whether the policy without noise is looked at: once in `alp_monitor_every` optimiser steps, and at the first
+        fresh rollouts in each two times as many, whose mismatch is the engine's alone."""
+        trainer, args = self.trainer, self.trainer.args
+        step, every, age = trainer.state.global_step, args.alp_monitor_every, self.updates - self.generated_at
+        if not args.alp_enabled or every == 0 or trainer._step % trainer.current_gradient_accumulation_steps != 0:
+            return False
+        lifetime = max(1, args.steps_per_generation * trainer.num_iterations // args.gradient_accumulation_steps)
+        return is_monitored(step, every) or (age == 0 and is_first_fresh(step, every, lifetime))
+
+    def look_without_noise(self, score: Callable, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Log-probs and entropies of the micro-batch without noise, if this update is monitored.  # (B, T) each"""
+        if not self.is_due():
+            return None
+        kwargs = kwargs | {"compute_entropy": True, "compute_aux_loss": False}
+        device = self.trainer.accelerator.device
+        # A policy with dropout draws from the global generator; looking must not change the run.
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return score(*args, **kwargs)[:2]
+
+    def measure(self, loss: _Loss, logps: torch.Tensor, noise_off: tuple | None) -> None:
+        super().measure(loss, logps, noise_off)
+        if noise_off is not None:
+            plain, entropies = noise_off
+            behaviour = next(each for each in (loss.engine_logps, loss.old_logps, plain) if each is not None)
+            staleness, engine = self.updates - self.generated_at, loss.engine_logps is not None
+            means = {"entropy": (entropies, loss.mask), **self._clip_means(loss, plain, behaviour, staleness)}
+            self.trainer.instruments.record("noise_off", plain, behaviour, loss.mask, staleness, means, engine)
+        if self.trainer.args.alp_enabled:
+            self._pool_noise()
+
+    def further_means(self, loss, logps, behaviour, staleness, noise_off):
+        means = self._clip_means(loss, logps, behaviour, staleness)
+        gap = torch.zeros_like(logps) if noise_off is None else clamped_gap(logps, noise_off[0])
+        return means | {"noise/kl/k3": (gap.expm1() - gap, loss.mask * (noise_off is not None))}
+
+    def _clip_means(self, loss, logps, behaviour, staleness) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Which tokens the loss clips, as values and weights (B, T)."""
+        if self.trainer.loss_type not in CLIPPED_LOSSES or loss.advantages is None:
+            return {}
+        ratio = log_importance_ratio(logps, behaviour, loss.mask, self.trainer.instruments.level).exp()
+        epsilon_low, epsilon_high, bound = loss.clip
+        advantages = loss.advantages if loss.advantages.dim() > 1 else loss.advantages.unsqueeze(1)
+        low = (advantages < 0) & (ratio < 1 - epsilon_low)
+        high = (advantages > 0) & (ratio > 1 + epsilon_high)
+        dual = (advantages < 0) & (ratio > bound)
+        # Before any update since the generation it is mismatch and noise that are clipped.
+        fresh = loss.mask * (staleness == 0)
+        return {
+            "clip/low": (low, loss.mask),
+            "clip/high": (high, loss.mask),
+            "clip/dual": (dual, loss.mask),
+            "clip/fresh": (low | high, fresh),
+        }
+
+    # ---- Sigma and its noise ----
+
+    def _pool_noise(self) -> None:
+        perturbation = self.trainer.perturbation
+        values = torch.stack([perturbation.sigma, perturbation.effective_noise()]).double()  # (2, L)
+        # Layers that did not run have no noise, as the cross-attention layers of some models without an image.
+        known = ~values.isnan()
+        sums = torch.stack([torch.where(known, values, 0.0), known.double()])
+        extremes = torch.stack([torch.where(known, sign * values, -torch.inf) for sign in (-1, 1)])
+        if self._noise is None:
+            self._noise = torch.cat([sums, extremes])  # sum, number, -min and max since the last log; (4, 2, L)
+        else:
+            self._noise = torch.cat([self._noise[:2] + sums, torch.maximum(self._noise[2:], extremes)])
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self._noise = None
+
+    def flush(self) -> None:
+        super().flush()
+        if self.trainer.sigma_optimizer is not None:
+            self._pending |= self.trainer.sigma_optimizer.metrics()
+        self._warn_of_clipped_mismatch(self._pending.get("alp/clip/fresh", 0.0))
+        if self._noise is not None:
+            self._pending |= self._noise_metrics()
+
+    def _noise_metrics(self) -> dict[str, float]:
+        """Metrics of the perturbation since the last log; warns of noise that rounding eats."""
+        accelerator, layers = self.trainer.accelerator, self.trainer.perturbation.layer_indices
+        sums, counts = accelerator.reduce(self._noise[:2], reduction="sum").cpu()
+        lowest, highest = accelerator.gather(self._noise[2:].unsqueeze(0)).amax(0).cpu()
+        self._noise = None
+        metrics = {}
+        for row, name in enumerate(("sigma", "noise/effective")):
+            metrics[f"alp/{name}/mean"] = (sums[row].sum() / counts[row].sum()).item()
+            metrics[f"alp/{name}/min"] = -lowest[row].max().item()
+            metrics[f"alp/{name}/max"] = highest[row].max().item()
+        for index, value in zip(layers, (sums[0] / counts[0]).tolist(), strict=True):
+            metrics[f"alp/sigma/layer_{index:02d}"] = value
+        lost = (-lowest[1] < _LOST_NOISE).nonzero().flatten().tolist()
+        if lost:
+            dtype = str(self.trainer.perturbation.hidden_dtype).removeprefix("torch.")
+            self.warn_once(
+                "lost",
+                f"Noise is lost in rounding: in {dtype}, with sigma between {metrics['alp/sigma/min']:.3g} and "
+                f"{metrics['alp/sigma/max']:.3g} (alp_noise_scale={self.trainer.args.alp_noise_scale!r}), only "
+                f"{-lowest[1].max():.0%} of its standard deviation reaches the input of the worst of the layers "
+                f"{[layers[i] for i in lost]}. Raise `alp_sigma_init` (and `alp_sigma_min`), use "
+                "`alp_noise_scale='rms'`, or train with fp32 weights and bf16 autocast on one GPU or under DDP, which "
+                "keep the residual stream in fp32.",
+            )
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    def _warn_of_clipped_mismatch(self, clipped: float) -> None:
+        args = self.trainer.args
+        if clipped <= _CLIPPED_MISMATCH or (args.epsilon_high or args.epsilon) >= 1:
+            return
+        start = (
+            f"{clipped:.0%} of the tokens are clipped before any update since their generation: with "
+            f"epsilon={args.epsilon} and epsilon_high={args.epsilon_high} it is training-inference mismatch and noise "
+            "that are clipped, not the update. "
+        )
+        if self.trainer.instruments.level == "sequence_geometric":
+            # The mean over a sequence is small, and so is its clip range: widening it would clip nothing.
+            way_out = "At the level of a geometric mean the range is right to be narrow: lower `alp_sigma_init`" + (
+                ", or see `alp/noise_off/` for the share of the mismatch."
+            )
+        else:
+            way_out = "Widen the range (the paper: `epsilon=0.5, epsilon_high=3.0`)."
+        self.warn_once("clipped", start + way_out)
+
+
+def is_monitored(step: int, every: int) -> bool:
+    """Whether the update after `step` optimiser steps is the one that is looked at in its window of `every`: its place
+    moves on by the golden ratio from window to window, so that rollouts of every age are seen also where `every` and
+    their lifetime share a divisor."""
+    return step % every == int(step // every * 0.6180339887498949 % 1 * every)
+
+
+def is_first_fresh(step: int, every: int, lifetime: int) -> bool:
+    """Whether fresh rollouts, `lifetime` updates after the last fresh ones, are the first in `2 * every` steps."""
+    return step // (2 * every) != (step - lifetime) // (2 * every)
+
+
+def attach_instruments(trainer: GRPOTrainer, level: str, **kwargs) -> None:
+    """
+    Give a trainer its `instruments`.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer.
+        level (`str`):
+            Level of the importance ratio in its loss, unless TRL's own sequence level aggregates it.
+        **kwargs:
+            For [`Instruments`].
+    """
+    policy = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+    if getattr(policy, "output_dtype", None) in (torch.bfloat16, torch.float16):
+        logger.warning(
+            f"FSDP2 casts what the model returns to output_dtype={policy.output_dtype}, TRL's log-probs included: "
+            "near -6 they come in steps of 1/32 in bf16, a mismatch of its own. Train with DeepSpeed ZeRO-3, which "
+            "does not, or before `train()` set `plugin.mixed_precision_policy = dataclasses.replace("
+            "plugin.mixed_precision_policy, output_dtype=torch.float32)` for `plugin = "
+            "trainer.accelerator.state.fsdp_plugin`."
+        )
+    # TRL's own sequence level makes the geometric mean of the token ratios.
+    level = "sequence_geometric" if trainer.importance_sampling_level == "sequence" else level
+    neftune = bool(trainer.args.neftune_noise_alpha)
+    trainer.instruments = Instruments(
+        trainer.accelerator, trainer.args.output_dir, trainer.args.report_to, level, neftune=neftune, **kwargs
+    )
+
+
+def instrument(trainer: GRPOTrainer) -> GRPOTrainer:
+    """
+    Give a stock [`~trl.GRPOTrainer`] the instruments of [`ALPGRPOTrainer`]: no noise, and no change to what it trains.
+
+    Logged under `alp/`: the policy of the update against the behaviour policy (the engine's log-probs where there are
+    any, else the old policy's), before TRL's truncation or mask; under `alp/old/`, where both are known, the old
+    policy against the engine: the training-inference mismatch alone. See `docs/metrics.md`. A loss that does not score
+    the policy as GRPOTrainer's does leaves nothing to measure; a warning says so.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer, before `train()`. An [`ALPGRPOTrainer`] has the instruments already, and is left as it is.
+
+    Returns:
+        [`~trl.GRPOTrainer`]: The same trainer.
+
+    Raises:
+        `ValueError`: If `trainer` is not a [`~trl.GRPOTrainer`].
+
+    Example:
+
+    ```python
+    >>> trainer = instrument(GRPOTrainer(model, reward_funcs=reward, args=args, train_dataset=dataset))
+    >>> trainer.train()
+    ```
+    """
+    if not isinstance(trainer, GRPOTrainer):
+        raise ValueError(
+            f"instrument(trainer) got a {type(trainer).__name__}; it reads the importance ratio of a `GRPOTrainer` "
+            "(or a subclass of it), which others do not have."
+        )
+    if isinstance(getattr(trainer, "instruments", None), Instruments):
+        return trainer
+    attach_instruments(trainer, "token")
+    trainer.add_callback(Watcher(trainer))
+    return trainer
