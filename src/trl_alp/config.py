@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
 """`ALPGRPOConfig`: what ALP adds to TRL's `GRPOConfig`, with its checks."""
 
+import math
 from dataclasses import dataclass, field
 
 from accelerate.logging import get_logger
@@ -205,7 +206,9 @@ class ALPGRPOConfig(GRPOConfig):
                 f"alp_sigma_lr={self.alp_sigma_lr!r} must be a finite, positive number. To keep sigma fixed, set "
                 "`alp_learn_sigma=False`."
             )
-        if self.alp_dual_clip is not None and not (is_finite_number(self.alp_dual_clip) and self.alp_dual_clip > 1):
+        if self.alp_dual_clip not in (None, math.inf) and not (
+            is_finite_number(self.alp_dual_clip) and self.alp_dual_clip > 1
+        ):
             raise ValueError(
                 f"alp_dual_clip={self.alp_dual_clip!r} must be a number above 1, or None for no bound on the ratio of "
                 "tokens with negative advantage."
