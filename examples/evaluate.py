@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from train_alp import load_problems, math_reward
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
 
 HUB = {  # name: dataset of the hub, configuration, split
@@ -77,12 +77,13 @@ def transformers_generator(model: str, tokenizer, options, max_length: int) -> C
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if options.dtype == "auto" and device == "cuda" else options.dtype
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
-    # As in training, sampling settings that come with the model are not used.
-    sampling = {"do_sample": options.temperature > 0, "top_k": None, "top_p": None, "temperature": None}
-    if options.temperature > 0:
-        sampling |= {"top_k": 0, "top_p": options.top_p, "temperature": options.temperature}
     ends = policy.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    # Sampling settings that come with the model are not used: `generate` would take each one that is not given below.
+    policy.generation_config = GenerationConfig()
+    sampling = {"do_sample": options.temperature > 0}
+    if options.temperature > 0:
+        sampling |= {"top_k": 0, "top_p": options.top_p, "temperature": options.temperature}
 
     @torch.no_grad()
     def generate(prompts: list[list[int]]) -> list[list[tuple[str, bool]]]:
@@ -94,7 +95,6 @@ def transformers_generator(model: str, tokenizer, options, max_length: int) -> C
             output = policy.generate(
                 **batch,
                 **sampling,
-                repetition_penalty=1.0,
                 max_new_tokens=options.max_new_tokens,
                 num_return_sequences=options.samples,
                 eos_token_id=sorted(ends),

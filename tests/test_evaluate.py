@@ -170,6 +170,19 @@ def test_with_a_seed_the_evaluation_is_deterministic_and_with_another_it_is_not(
     assert len({text for samples in first for text in samples}) > 4
 
 
+def test_sampling_settings_that_come_with_the_model_are_not_used(script, language_model, problems, tmp_path):
+    def completions(model):
+        arguments = [str(model), "--datasets", str(problems), *FAST[:-1], "1.0", "--save_completions"]
+        return script.main(arguments)["results"][0]["completions"]
+
+    policy = AutoModelForCausalLM.from_pretrained(language_model)
+    policy.generation_config.update(min_p=0.9, suppress_tokens=[5, 6, 7], typical_p=0.2, do_sample=True, top_k=3)
+    policy.generation_config.update(repetition_penalty=2.0, min_new_tokens=3)
+    policy.save_pretrained(tmp_path / "with_settings")
+    AutoTokenizer.from_pretrained(language_model).save_pretrained(tmp_path / "with_settings")
+    assert completions(tmp_path / "with_settings") == completions(language_model)
+
+
 def test_a_score_depends_on_no_other_model_or_dataset_of_the_call(script, trained, language_model, problems, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"question": "?", "answer": "72"}')

@@ -636,6 +636,15 @@ def test_rewards_are_left_as_stock_leaves_them_and_infinite_ones_are_warned_of(t
     assert caplog.text.count("rewards are infinite") == infinite
 
 
+@pytest.mark.parametrize("watched", [ALPGRPOTrainer, GRPOTrainer])
+def test_rewards_that_are_all_nan_are_not_said_to_be_none(tmp_path, caplog, watched):
+    trainer = tiny.trainer(tmp_path, watched, reward=lambda completions, **kwargs: [math.nan] * len(completions))
+    instrument(trainer).train()
+    assert "All reward functions returned None or NaN for the following" in caplog.text
+    assert "returned None for" not in caplog.text
+    assert trainer.state.log_history[0]["alp/unscored_rewards"] == 8
+
+
 def test_a_reward_function_that_does_not_apply_leaves_no_completion_unscored(tmp_path):
     def only(parity):
         def reward(completions, **kwargs):

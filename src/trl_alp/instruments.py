@@ -295,14 +295,17 @@ def _step_of(line: str) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: the log may hold tensors and numpy's numbers, and numbers that are not finite, which JSON lacks."""
+    """For JSON: the log may hold tensors and numpy's numbers; those that are not finite, which JSON lacks, become the
+    strings NaN, Infinity and -Infinity."""
     if value is None or isinstance(value, bool | int | str):
         return value
     try:
         number = float(value)
     except (TypeError, ValueError):
         return str(value)
-    return number if math.isfinite(number) else None
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
 
 
 def _add_histogram(writer: Any, name: str, histogram: torch.Tensor, step: int) -> None:

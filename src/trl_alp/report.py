@@ -43,6 +43,7 @@ _MOST_IN_LEGEND = 12
 _SMOOTHED = 25  # lines are running means over this part of the log; staleness alone makes a saw of most
 _ENOUGH = 20  # logged rewards, for a verdict
 _FEWEST_TOKENS = 50  # in a bin; of fewer the 2nd percentile is the minimum
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # as `metrics.jsonl` has them
 _PERCENTILES = ("p02", "p25", "p50", "p75", "p98")
 _WINDOW = 0.1  # "final" is the mean over this last share of the logged values, "best" the best such window
 
@@ -155,7 +156,9 @@ def _read(path: Path, setting: str) -> Run:
             for earlier in stale:
                 del steps[earlier]
         newest = step
-        numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        numbers = {
+            k: float(v) for k, v in row.items() if k != "step" and (isinstance(v, int | float) or v in _NOT_FINITE)
+        }
         steps.setdefault(step, {}).update(numbers)
     if not steps:
         raise ValueError(f"{path}: {source} has no row with a `step`. Did the run reach its first log call?")

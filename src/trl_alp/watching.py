@@ -5,6 +5,7 @@ A watcher stands around the trainer's own methods and steers nothing. What the i
 is in `instruments.py`.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -91,7 +92,12 @@ class Watcher(TrainerCallback):
         return output
 
     def watch_rewards(self, calculate: Callable, *args, **kwargs):
-        rewards = calculate(*args, **kwargs)  # (N, number of reward functions), of all processes
+        trls = logging.getLogger("trl.trainer.grpo_trainer")
+        trls.addFilter(_none_or_nan)
+        try:
+            rewards = calculate(*args, **kwargs)  # (N, number of reward functions), of all processes
+        finally:
+            trls.removeFilter(_none_or_nan)
         infinite = int(torch.isinf(rewards).sum())
         if self.trainer.model.training:
             self._rewards[0] += int(torch.isnan(rewards).all(dim=1).sum())
@@ -340,6 +346,13 @@ class ALPWatcher(Watcher):
         else:
             way_out = "Widen the range (the paper: `epsilon=0.5, epsilon_high=3.0`)."
         self.warn_once("clipped", start + way_out)
+
+
+def _none_or_nan(record: logging.LogRecord) -> bool:
+    """TRL makes NaN of None and then says "returned None" of either."""
+    said = "All reward functions returned None"
+    record.msg = str(record.msg).replace(said, f"{said} or NaN", 1)
+    return True
 
 
 def is_monitored(step: int, every: int) -> bool:
