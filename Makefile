@@ -30,8 +30,9 @@ test-slow: $(VENV)/.ready  ## The slow ones
 # other ways than 1.16: the method is tested on both ends of the supported ranges.
 test-compat: $(VENV)-oldest/.ready  ## The method on the oldest TRL and transformers
 	$(VENV)-oldest/bin/python -m pytest \
-		tests/test_trl_contract.py tests/test_perturbation.py tests/test_families.py tests/test_loss.py \
-		tests/test_trainer.py tests/test_features.py tests/test_instruments.py
+		tests/test_trl_contract.py tests/test_perturbation.py tests/test_passes.py tests/test_families.py \
+		tests/test_loss.py tests/test_trainer.py tests/test_guard.py tests/test_resume.py tests/test_checks.py \
+		tests/test_features.py tests/test_instruments.py
 
 # DeepSpeed changes how accelerate and transformers load models as soon as it is installed, hence an environment of its
 # own. Its C++ ops are not built: ZeRO's arithmetic runs in torch.
