@@ -1,6 +1,8 @@
 """ALP cannot come loose: a run in which ALP silently does nothing does not start, or stops before the policy steps."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -84,6 +86,20 @@ def test_losses_of_ones_own_train_with_the_noise_in_the_ratio(tmp_path, trainer_
     for row in trainer.state.log_history[:-1]:
         if trainer_class is not InHalves or "alp/log_ratio/max" in row:
             assert row["alp/log_ratio/max"] > 0.01 > -0.01 > row["alp/log_ratio/min"]
+
+
+def test_the_loss_of_the_docs_trains_as_printed(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "method.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "OwnLossTrainer" in block]
+    names = {}
+    exec(block, names)
+    for level in ("token", "sequence"):
+        trainer = tiny.trainer(
+            tmp_path, names["OwnLossTrainer"], alp_ratio_level=level, alp_sigma_init=0.1, max_steps=4, **OFF_POLICY
+        )
+        trainer.train()
+        row = trainer.state.log_history[0]
+        assert row["alp/log_ratio/max"] - row["alp/log_ratio/min"] > 0.01
 
 
 def test_a_loss_in_halves_has_the_denominators_of_its_halves(tmp_path, monkeypatch):
