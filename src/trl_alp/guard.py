@@ -142,8 +142,5 @@ class ScoringGuard(TrainerCallback):
         self.passes, self.faults = 0, []
         self.trainer.perturbation.seen["ran"] = False
 
-    def on_substep_end(self, args, state, control, **kwargs):
-        self.trainer.perturbation.forget_passes()
-
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.perturbation.forget_passes()
