@@ -8,8 +8,9 @@ policy's optimiser steps.
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from transformers import TrainerCallback
@@ -54,18 +55,22 @@ def check_overrides(trainer_class: type, ours: type) -> None:
 
 
 def _names(function: Any) -> set[str]:
-    """Names that a function uses, in its own code and in what it encloses or wraps; all of them where it has none."""
+    """Names that a function uses, in its own code and in the functions that it encloses or wraps."""
     function = inspect.unwrap(getattr(function, "__func__", function))
-    if not hasattr(function, "__code__"):
+    if not isinstance(function, FunctionType):
         return {"super"}  # a callable object: only running it can tell
-    names, codes = set(), [function.__code__]
-    while codes:
-        code = codes.pop()
-        names |= {*code.co_names, *code.co_freevars}
-        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    for cell in function.__closure__ or ():
-        if callable(cell.cell_contents) and not isinstance(cell.cell_contents, type):
-            names |= _names(cell.cell_contents)
+    names, waiting, seen = set(), [function], set()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, FunctionType) and each not in seen:
+            seen.add(each)
+            waiting.append(each.__code__)
+            for cell in each.__closure__ or ():
+                with suppress(ValueError):  # a cell that is empty yet
+                    waiting.append(cell.cell_contents)
+        elif isinstance(each, CodeType):
+            names |= {*each.co_names, *each.co_freevars}
+            waiting += each.co_consts
     return names
 
 
