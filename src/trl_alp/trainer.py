@@ -115,7 +115,8 @@ class ALPGRPOTrainer(GRPOTrainer):
             noise_backend=args.alp_noise_backend,
         ).to(self.accelerator.device)
         self.micro_batches = 0  # perturbed so far, over the whole run and all processes; seeds the noise
-        self._update: _Update | None = None  # the update whose loss is being computed
+        self._update: dict[str, Any] | None = None  # the inputs of the loss that is being computed
+        self._knobs: tuple[Any, ...] = ()  # TRL's clip range outside of any loss
         self.guard = ScoringGuard(self)
         self.add_callback(self.guard)
         self.sigma_optimizer: SigmaOptimizer | None = None
@@ -172,12 +173,15 @@ class ALPGRPOTrainer(GRPOTrainer):
 
     @contextmanager
     def _loss_of(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Set TRL's clip range to ALP's for the loss of `inputs`, and give the copy of them that the loss may use."""
+        """Set TRL's clip range to ALP's for the loss of `inputs`, and give a copy of them, which the loss may change:
+        TRL reuses them across `num_iterations`."""
         outer, found = self._update, (self.epsilon_low, self.epsilon_high, self.args.delta)
-        self._update = _Update(inputs, found if outer is None else outer.clip)
+        self._update = dict(inputs)
+        if outer is None:
+            self._knobs = found
         try:
-            self.epsilon_low, self.epsilon_high, self.args.delta = self._clip_range(inputs, *self._update.clip)
-            yield self._update.inputs
+            self.epsilon_low, self.epsilon_high, self.args.delta = self._clip_range(inputs, *self._knobs)
+            yield self._update
         finally:
             self.epsilon_low, self.epsilon_high, self.args.delta = found
             self._update = outer
@@ -214,7 +218,9 @@ class ALPGRPOTrainer(GRPOTrainer):
         Returns whether there was a behaviour policy. Without noise there need be none: where TRL's rollouts are
         on-policy it is the current policy, and the ratio 1.
         """
-        inputs, mask = self._update.inputs, self._update.mask
+        inputs = self._update
+        mask, tool_mask = inputs["completion_mask"], inputs.get("tool_mask")  # (B, T)
+        mask = mask if tool_mask is None else mask * tool_mask
         if logps.shape != mask.shape:
             raise RuntimeError(
                 f"A loss on completions of shape {tuple(mask.shape)} scored the policy on {tuple(logps.shape)}. To "
@@ -243,13 +249,3 @@ class ALPGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_state(self, checkpoint)
-
-
-class _Update:
-    """One call of the loss: a copy of the micro-batch, which TRL reuses across `num_iterations`, and its loss mask."""
-
-    def __init__(self, inputs: dict[str, Any], clip: tuple):
-        self.inputs = dict(inputs)
-        self.clip = clip  # epsilon_low, epsilon_high and delta outside of any loss
-        mask, tool_mask = inputs["completion_mask"], inputs.get("tool_mask")
-        self.mask = mask if tool_mask is None else mask * tool_mask  # (B, T)
