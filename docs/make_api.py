@@ -21,8 +21,10 @@ SECTIONS = {
         trl_alp.LayerwisePerturbation,
         trl_alp.noise.add_noise,
         trl_alp.perturbation.noise_seed,
+        trl_alp.perturbation.first_trained_layer,
         trl_alp.log_importance_ratio,
         trl_alp.ratio.turns_from_mask,
+        trl_alp.ratio.dual_clip,
     ],
     "Measuring": [trl_alp.mismatch.MismatchMeter, trl_alp.mismatch.Mismatch, trl_alp.instruments.Instruments],
     "The doctor": [

@@ -206,8 +206,16 @@ def parse_layers(
     return None if num_layers is None else sorted(indices)
 
 
-class _ScoringPass:
-    """What a recompute in backward has to know of the pass whose layers it runs again."""
+class ScoringPass:
+    """
+    A scoring pass: what a recompute in backward has to know of the pass whose layers it runs again.
+
+    Args:
+        seed (`int`):
+            Seed of its noise.
+        num_layers (`int`):
+            How many layers are perturbed.
+    """
 
     def __init__(self, seed: int, num_layers: int):
         self.seed = seed
@@ -359,8 +367,8 @@ class LayerwisePerturbation(nn.Module):
         self.register_buffer("noise_power", torch.zeros(*size, 2), persistent=False)
         self.hidden_dtype: torch.dtype | None = None  # of the latest perturbed forward
         self.first_trained = 0
-        self.scoring: _ScoringPass | None = None  # the one that is open
-        self.passes: deque[_ScoringPass] = deque(maxlen=_REMEMBERED_PASSES)  # closed; their backward may still come
+        self.scoring: ScoringPass | None = None  # the one that is open
+        self.passes: deque[ScoringPass] = deque(maxlen=_REMEMBERED_PASSES)  # closed; their backward may still come
         # Shared with the hooks: whether they have a pass to look at, and whether a forward with gradient reached them.
         self.switch, self.seen = {"on": False}, {"ran": False}
         handles = []
@@ -377,7 +385,7 @@ class LayerwisePerturbation(nn.Module):
         return self.log_sigma.detach().exp()
 
     @contextmanager
-    def applied(self, seed: int) -> Iterator[_ScoringPass]:
+    def applied(self, seed: int) -> Iterator[ScoringPass]:
         """
         A scoring pass: perturb every forward of the model inside the context.
 
@@ -394,7 +402,7 @@ class LayerwisePerturbation(nn.Module):
         """
         if self.scoring is not None:
             raise RuntimeError("`applied` is already active; leave the outer context first.")
-        scoring = self.scoring = _ScoringPass(int(seed), len(self.layer_indices))
+        scoring = self.scoring = ScoringPass(int(seed), len(self.layer_indices))
         self.switch["on"] = True
         self.noise_power.zero_()
         try:
