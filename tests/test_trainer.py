@@ -637,12 +637,33 @@ def test_rewards_are_left_as_stock_leaves_them_and_infinite_ones_are_warned_of(t
 
 
 @pytest.mark.parametrize("watched", [ALPGRPOTrainer, GRPOTrainer])
-def test_rewards_that_are_all_nan_are_not_said_to_be_none(tmp_path, caplog, watched):
-    trainer = tiny.trainer(tmp_path, watched, reward=lambda completions, **kwargs: [math.nan] * len(completions))
+@pytest.mark.parametrize("bad", [math.nan, None, torch.tensor(math.nan)], ids=["nan", "none", "tensor"])
+def test_rewards_that_are_all_nan_are_not_said_to_be_none(tmp_path, caplog, watched, bad):
+    def reward(completions, **kwargs):
+        return [bad] * len(completions)
+
+    trainer = tiny.trainer(tmp_path, watched, reward=reward)
     instrument(trainer).train()
-    assert "All reward functions returned None or NaN for the following" in caplog.text
-    assert "returned None for" not in caplog.text
+    assert ("All reward functions returned None for the following" in caplog.text) == (bad is None)
+    assert ("All reward functions returned NaN (or None) for the following" in caplog.text) == (bad is not None)
     assert trainer.state.log_history[0]["alp/unscored_rewards"] == 8
+    assert trainer.reward_funcs == [reward]
+
+
+@pytest.mark.parametrize("watched", [ALPGRPOTrainer, GRPOTrainer])
+def test_asynchronous_rewards_are_left_as_they_are(tmp_path, watched):
+    async def reward(completions, **kwargs):
+        return tiny.count_digits(completions)
+
+    class Reward:
+        __name__ = "callable"
+
+        async def __call__(self, completions, **kwargs):
+            return tiny.count_digits(completions)
+
+    trainer = tiny.trainer(tmp_path, watched, reward=[reward, Reward(), tiny.count_digits])
+    instrument(trainer).train()
+    assert trainer.state.log_history[0]["rewards/callable/mean"] == trainer.state.log_history[0]["rewards/reward/mean"]
 
 
 def test_a_reward_function_that_does_not_apply_leaves_no_completion_unscored(tmp_path):

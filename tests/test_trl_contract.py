@@ -95,6 +95,12 @@ def test_buffered_rollouts_are_used_as_they_are_saved():
     assert "return rewards_per_func" in body(GRPOTrainer._calculate_rewards)
 
 
+def test_trl_says_of_nan_rewards_that_they_are_none():
+    source = body(GRPOTrainer._calculate_rewards)
+    assert "All reward functions returned None" in source and "zip(self.reward_funcs," in source
+    assert GRPOTrainer.__module__ == "trl.trainer.grpo_trainer"  # and so the name of its logger
+
+
 def test_a_log_is_due_where_we_pool_for_it_and_the_summary_is_logged_last():
     source = body(Trainer._maybe_log_save_evaluate)
     assert "if self.control.should_log and self.state.global_step > self._globalstep_last_logged:" in source

@@ -5,7 +5,6 @@ A watcher stands around the trainer's own methods and steers nothing. What the i
 is in `instruments.py`.
 """
 
-import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from trl import GRPOTrainer
 from .instruments import Instruments
 from .mismatch import clamped_gap
 from .ratio import log_importance_ratio
+from .rewards import nan_told_from_none
 
 
 logger = get_logger(__name__)  # speaks on the main process only
@@ -92,12 +92,8 @@ class Watcher(TrainerCallback):
         return output
 
     def watch_rewards(self, calculate: Callable, *args, **kwargs):
-        trls = logging.getLogger("trl.trainer.grpo_trainer")
-        trls.addFilter(_none_or_nan)
-        try:
+        with nan_told_from_none(self.trainer):
             rewards = calculate(*args, **kwargs)  # (N, number of reward functions), of all processes
-        finally:
-            trls.removeFilter(_none_or_nan)
         if not torch.is_tensor(rewards) or rewards.dim() != 2:  # a subclass's own
             return rewards
         infinite = int(torch.isinf(rewards).sum())
@@ -348,13 +344,6 @@ class ALPWatcher(Watcher):
         else:
             way_out = "Widen the range (the paper: `epsilon=0.5, epsilon_high=3.0`)."
         self.warn_once("clipped", start + way_out)
-
-
-def _none_or_nan(record: logging.LogRecord) -> bool:
-    """TRL makes NaN of None and then says "returned None" of either."""
-    said = "All reward functions returned None"
-    record.msg = str(record.msg).replace(said, f"{said} or NaN", 1)
-    return True
 
 
 def is_monitored(step: int, every: int) -> bool:
