@@ -1,6 +1,7 @@
 """`examples/tool_math.py`: trained at tiny size with every kind of trajectory, its reward, and its configuration."""
 
 import functools
+import logging
 import os
 import re
 import subprocess
@@ -14,6 +15,15 @@ from trl import ModelConfig, TrlParser
 
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
 from trl_alp.ratio import turns_from_mask
+
+
+@pytest.fixture(autouse=True)
+def _no_filter_is_left():
+    """The script silences a warning of TRL's, for its own process."""
+    logger = logging.getLogger("trl.trainer.grpo_trainer")
+    before = list(logger.filters)
+    yield
+    logger.filters = before
 
 
 CONFIG = ROOT / "examples" / "configs" / "tool_math.yaml"
