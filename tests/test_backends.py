@@ -81,6 +81,7 @@ def fsdp1(rank, path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # here; the fast tests have it by another way of sharding
 def test_loss_and_sigma_gradient_under_fsdp1_are_those_of_one_process(tmp_path):
     torch.multiprocessing.spawn(fsdp1, args=(tmp_path / "rendezvous",), nprocs=2)
 

@@ -42,6 +42,7 @@ def test_two_processes_share_sigma_and_weights_and_draw_the_noise_of_one_with_tw
     assert first["log"][0]["alp/kl/k3"] == second["log"][0]["alp/kl/k3"]  # statistics are over all processes
 
 
+@pytest.mark.slow
 def test_resume_on_two_processes_is_exact_also_where_one_does_not_see_the_file(tmp_path):
     whole = launch(tmp_path / "whole", 2, max_steps=4)
     resumed = launch(tmp_path / "resumed", 2, max_steps=4, resume=tmp_path / "whole" / "checkpoint-2")
@@ -52,7 +53,7 @@ def test_resume_on_two_processes_is_exact_also_where_one_does_not_see_the_file(t
             assert torch.equal(weight, resumed[rank]["weights"][name]), name
 
 
-@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("enabled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_process_with_two_steps_and_two_with_one_train_alike(tmp_path, enabled):
     settings = {"fixed_rollouts": 1, "alp_enabled": int(enabled), "alp_monitor_every": 1, "max_steps": 3}
     two, _ = launch(tmp_path / "two", 2, **settings)

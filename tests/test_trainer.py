@@ -961,8 +961,13 @@ class Stop(TrainerCallback):  # as `EarlyStoppingCallback`
         control.should_training_stop = True
 
 
-@pytest.mark.parametrize("watched", ["alp", "bypass", "instrument"])
-@pytest.mark.parametrize("case", LAST_ROWS)
+ALSO_WATCHED = ["a window that is not full", "an evaluation that stops the run"]
+
+
+@pytest.mark.parametrize(
+    ("case", "watched"),
+    [*((case, "alp") for case in LAST_ROWS), *((c, w) for c in ALSO_WATCHED for w in ("bypass", "instrument"))],
+)
 def test_the_log_has_stocks_rows_and_keys_and_the_last_window_is_in_it(tmp_path, case, watched):
     settings = dict(LAST_ROWS[case])
     late, stop = settings.pop("late", False), settings.pop("stop", False)
