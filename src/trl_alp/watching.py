@@ -278,10 +278,10 @@ class ALPWatcher(Watcher):
 
     def _pool_noise(self) -> None:
         perturbation = self.trainer.perturbation
-        values = torch.stack([perturbation.sigma, perturbation.effective_noise()]).double()  # (2, L)
+        values = torch.stack([perturbation.sigma, perturbation.effective_noise()])  # (2, L)
         # Layers that did not run have no noise, as the cross-attention layers of some models without an image.
         known = ~values.isnan()
-        sums = torch.stack([torch.where(known, values, 0.0), known.double()])
+        sums = torch.stack([torch.where(known, values, 0.0), known.to(values)])
         extremes = torch.stack([torch.where(known, sign * values, -torch.inf) for sign in (-1, 1)])
         if self._noise is None:
             self._noise = torch.cat([sums, extremes])  # sum, number, -min and max since the last log; (4, 2, L)
