@@ -26,7 +26,7 @@ import torch
 package = types.ModuleType("trl_alp")
 package.__path__ = [str(Path(__file__).parents[1] / "src" / "trl_alp")]
 sys.modules["trl_alp"] = package
-from trl_alp.noise import add_noise, noise_triton  # noqa: E402
+from trl_alp.noise import NoiseLevels, add_noise, noise_triton  # noqa: E402
 
 
 def milliseconds(function, device: str) -> float:
@@ -56,7 +56,7 @@ def check(add, device: str) -> None:
     hidden, grad = torch.randn(2, 64, 3, 1000, device=device)
     log_sigma = torch.tensor(-1.0, device=device, requires_grad=True)
     for noise_scale in ("absolute", "rms"):
-        out, _ = add(hidden, log_sigma, noise_scale)
+        out = add(hidden, NoiseLevels(log_sigma.reshape(1)), noise_scale)
         noise = (out - hidden).detach()
         (found,) = torch.autograd.grad(out, log_sigma, grad)
         size = noise.norm() / (log_sigma.exp() * noise.numel() ** 0.5)  # hidden has RMS 1
@@ -67,13 +67,14 @@ def check(add, device: str) -> None:
 def cases(hidden: torch.Tensor, noise_scale: str, add):
     """Forward and backward of one op, with the bytes each must move."""
     log_sigma = torch.tensor(-4.0, device=hidden.device, requires_grad=True)
+    levels = NoiseLevels(log_sigma.reshape(1))  # made once for all layers of a pass
     grad = torch.randn_like(hidden)
 
     def forward():
         with torch.no_grad():
-            add(hidden, log_sigma, noise_scale)
+            add(hidden, levels, noise_scale)
 
-    out = add(hidden, log_sigma, noise_scale)[0]
+    out = add(hidden, levels, noise_scale)
     yield "forward", 2 * hidden.nbytes, forward
     yield "backward", hidden.nbytes, lambda: torch.autograd.grad(out, log_sigma, grad, retain_graph=True)
 
@@ -87,11 +88,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    ops = {"torch": lambda h, s, scale: add_noise(h, s, 7, scale, "torch")}
+    ops = {"torch": lambda hidden, levels, scale: add_noise(hidden, levels, 0, 7, scale, "torch")}
     if args.device == "cuda" and noise_triton is not None:
-        ops["triton"] = lambda h, s, scale: add_noise(h, s, 7, scale, "triton")
+        ops["triton"] = lambda hidden, levels, scale: add_noise(hidden, levels, 0, 7, scale, "triton")
         for warps in (1, 2, 4, 8, 16) if args.sweep else ():
-            ops[f"warps={warps}"] = lambda h, s, scale, w=warps: noise_triton.AddNoiseTriton.apply(h, s, 7, scale, w)
+            ops[f"warps={warps}"] = lambda hidden, levels, scale, warps=warps: noise_triton.AddNoiseTriton.apply(
+                hidden, levels.token, levels, 0, 7, scale, 0, warps
+            )
     for add in ops.values():
         check(add, args.device)
     bandwidth = copy_bandwidth(args.device, max(args.megabytes))

@@ -40,8 +40,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-import trl_alp.perturbation
-from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
+import trl_alp
+from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, LayerwisePerturbation
 
 
 CUDA = torch.cuda.is_available()
@@ -103,26 +103,35 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 # ---- Arms ----
 
 
-def stored(hidden, log_sigma, seed, noise_scale="absolute", backend="auto"):
+def noisy(hidden, log_sigma):
+    scale = hidden.detach().float().square().mean(-1, keepdim=True).sqrt()
+    return hidden + (log_sigma.exp() * scale * torch.randn_like(hidden, dtype=torch.float32)).to(hidden.dtype)
+
+
+def stored(perturbation, hidden, position):
     """The noise as autograd would have it: `delta` is kept for the backward."""
-    scale = hidden.detach().float().square().mean(-1, keepdim=True).sqrt() if noise_scale == "rms" else 1.0
-    perturbed = hidden + (log_sigma.exp() * scale * torch.randn_like(hidden, dtype=torch.float32)).to(hidden.dtype)
-    return perturbed, hidden.new_ones(2, dtype=torch.float32)
+    if perturbation.scoring is None:
+        return hidden
+    perturbation.scoring.add_call(position)
+    return noisy(hidden, perturbation.log_sigma[position])
 
 
-def recomputed(*args):
+def recomputed(perturbation, hidden, position):
     """The same under `torch.utils.checkpoint`, which saves and restores the global random state."""
-    return torch.utils.checkpoint.checkpoint(stored, *args, use_reentrant=False)
+    if perturbation.scoring is None:
+        return hidden
+    perturbation.scoring.add_call(position)
+    return torch.utils.checkpoint.checkpoint(noisy, hidden, perturbation.log_sigma[position], use_reentrant=False)
 
 
 @contextlib.contextmanager
-def noise_op(replacement):
-    original = trl_alp.perturbation.add_noise
-    trl_alp.perturbation.add_noise = replacement or original
+def perturbed_by(replacement):
+    original = LayerwisePerturbation.perturb
+    LayerwisePerturbation.perturb = replacement or original
     try:
         yield
     finally:
-        trl_alp.perturbation.add_noise = original
+        LayerwisePerturbation.perturb = original
 
 
 def build_trainer(arm: str, model, tokenizer, folder: str, point: SimpleNamespace, steps: int) -> GRPOTrainer:
@@ -218,7 +227,7 @@ def run(arm: str, model, tokenizer, point: SimpleNamespace, steps: int) -> dict[
 def train(arm: str, model, tokenizer, point: SimpleNamespace, steps: int) -> dict[str, list[float]]:
     """Train `1 + steps` optimiser steps; seconds of each but the first, forwards of each, and memory."""
     replacement = {"ALP stored": stored, "ALP recomputed": recomputed}.get(arm)
-    with tempfile.TemporaryDirectory() as folder, noise_op(replacement):
+    with tempfile.TemporaryDirectory() as folder, perturbed_by(replacement):
         trainer = build_trainer(arm, model, tokenizer, folder, point, steps + 1)
         trainer.add_callback(clock := Clock())
         updates, forwards, kept = [], [], [0]

@@ -1,13 +1,17 @@
 """What an update with ALP costs: passes through the model, memory kept for the backward, waits for the device."""
 
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from test_noise import needs_triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import trl_alp
+from trl_alp import LayerwisePerturbation
 
 
 SOURCE = str(Path(trl_alp.__file__).parent)
@@ -136,3 +140,50 @@ def test_no_value_is_asked_of_the_device_within_a_micro_batch(tmp_path, monkeypa
     trainer._compute_loss = watched_loss
     trainer.train()
     assert len(scored) == 4 and asked == []
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is dispatched, views and allocations included."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operators(layers, perturbed, measuring=False, backend="torch", **settings):
+    model = tiny.model(layers=layers).train().to(tiny.DEVICE)
+    perturbation = LayerwisePerturbation(model, noise_backend=backend, **settings).to(tiny.DEVICE)
+    perturbation.measuring = measuring
+    ids = torch.arange(40, device=tiny.DEVICE).reshape(2, 20)
+    with Operators() as operators:
+        with perturbation.applied(0) if perturbed else nullcontext():
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    return operators.count
+
+
+# Forward: three for the noise and its sum with the hidden state, with "rms" three for the scale and one to multiply by
+# it. Backward: drawing, times the gradient, times the scale, the sum, and two to write that into its row. Triton's
+# kernels are no operators of torch: what is left is the allocation of the output.
+@pytest.mark.parametrize(
+    "backend, settings, at_most",
+    [
+        ("torch", {"noise_scale": "rms"}, 13),
+        ("torch", {"noise_scale": "absolute"}, 8),
+        ("torch", {"noise_scale": "rms", "learnable": False}, 7),
+        pytest.param("triton", {"noise_scale": "rms"}, 1, marks=needs_triton),
+    ],
+)
+def test_a_perturbed_layer_dispatches_few_operators(backend, settings, at_most):
+    def of_a_layer(measuring):
+        few, many = (
+            operators(layers, True, measuring, backend, **settings) - operators(layers, False) for layers in (2, 6)
+        )
+        return (many - few) / 4
+
+    assert of_a_layer(measuring=False) <= at_most
+    assert backend == "triton" or of_a_layer(measuring=True) > at_most

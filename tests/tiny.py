@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and trainers built from configs; nothing is downloaded."""
 
+import os
 import string
 
 import torch
@@ -20,6 +21,8 @@ from trl.chat_template_utils import qwen3_chat_template
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
 
 
+# Where the tests run: `make test-gpu` sets it to "cuda".
+DEVICE = os.environ.get("TRL_ALP_TEST_DEVICE", "cpu")
 CHARACTERS = string.digits + "+-= " + string.ascii_lowercase
 FAMILIES = ("llama", "qwen2", "gpt2")
 

@@ -8,9 +8,11 @@ with `s(h) = 1` (absolute) or the detached RMS of each token. `delta` is drawn a
 
 Two backends behind [`add_noise`]: torch, the reference, and one Triton kernel each way for CUDA, in which the noise
 never leaves the registers: the forward reads and writes `h` once, the backward reads `g` once. They draw different
-noise from the same seed.
+noise from the same seed. A layer does that and no more: what is done once for all layers of a scoring pass is in
+[`NoiseLevels`].
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -31,25 +33,121 @@ _MEASURED_POSITIONS = 64
 _HAS_TRITON = noise_triton is not None and torch.version.hip is None
 
 
+class NoiseLevels:
+    """
+    The noise levels of all layers in one scoring pass, on one device, and what is done once for all of them.
+
+    `exp(log_sigma)` is taken once. In the backward each layer leaves `sum(g * s(h) * delta)` in its row of a buffer;
+    one node of autograd, to which `token` leads from every layer, sums the rows when the last layer is done and hands
+    `log_sigma` its gradient. Splitting `log_sigma` into one tensor a layer would cost five kernels each instead, or
+    fail where reentrant checkpointing goes through the node that splits it once for every layer.
+
+    Args:
+        log_sigma (`torch.Tensor` of shape `(L,)`):
+            Natural logarithm of the noise level of each layer.
+        device (`torch.device`, *optional*):
+            Device of the layers, where it is not that of `log_sigma`.
+        measured (`bool`, *optional*, defaults to `False`):
+            Whether the forward measures how much of the noise survives rounding.
+
+    Attributes:
+        sigma (`torch.Tensor` of shape `(L,)`):
+            Noise levels, detached.
+        token (`torch.Tensor` of shape `()`):
+            Leads the gradient to `log_sigma`. `None` if that does not require one.
+    """
+
+    def __init__(self, log_sigma: torch.Tensor, device: torch.device | None = None, measured: bool = False) -> None:
+        self.sigma = log_sigma.detach().exp().to(device or log_sigma.device)
+        self.of_layer = self.sigma.unbind()
+        self.measured, self.closed = measured, False
+        self._sums: _Buffers = {}
+        self._powers: _Buffers = {}
+        self._scales: _Buffers = {}
+        self.token = None
+        if log_sigma.requires_grad:
+            with torch.enable_grad():  # reentrant checkpointing runs its forward without
+                self.token = _Levels.apply(log_sigma, self.sigma, self._sums)
+
+    def close(self) -> None:
+        """End the forward of the pass: what its layers compute from now on, they compute again for their backward."""
+        self.measured, self.closed = False, True
+        self._scales.clear()  # the graph keeps those it needs
+
+    def sums(self, call: int, parts: int, dtype: torch.dtype) -> torch.Tensor:
+        """Where the layers leave the parts of their gradients in one call of the model.  # (L, parts)"""
+        return _once(self._sums, self.sigma.new_zeros, (len(self.sigma), parts), call, dtype)
+
+    def powers(self, call: int, parts: int, dtype: torch.dtype) -> torch.Tensor:
+        """Where they leave the mean square of their noise, asked and realised, of parts of equal size.
+        # (L, parts, 2)"""
+        return _once(self._powers, self.sigma.new_zeros, (len(self.sigma), parts, 2), call, dtype)
+
+    def scale(self, call: int, position: int, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+        """Where the layer at `position` leaves the RMS of each row, and its place there.  # (L or 1, rows)"""
+        if self.closed:
+            return self.sigma.new_empty(1, rows, dtype=dtype), 0
+        return _once(self._scales, self.sigma.new_empty, (len(self.sigma), rows), call, dtype), position
+
+    @property
+    def power(self) -> torch.Tensor:
+        """Mean square of each layer's noise, asked and realised, added up over the calls of the model.  # (L, 2)"""
+        none = self.sigma.new_zeros(len(self.sigma), 2)
+        return sum((powers.mean(1).to(none) for powers in self._powers.values()), none)
+
+
+_Buffers = dict[tuple, torch.Tensor]
+
+
+def _once(buffers: _Buffers, new: Callable, shape: tuple[int, ...], call: int, dtype: torch.dtype) -> torch.Tensor:
+    """The buffer of that shape and dtype for one call of the model, made when it is first asked for."""
+    key = (call, shape, dtype)
+    if key not in buffers:
+        buffers[key] = new(shape, dtype=dtype)
+    return buffers[key]
+
+
+class _Levels(torch.autograd.Function):
+    """Carries nothing forward. Its backward comes after that of all layers, and may come several times."""
+
+    @staticmethod
+    def forward(ctx, log_sigma, sigma, sums):
+        ctx.sigma, ctx.sums, ctx.device, ctx.dtype = sigma, sums, log_sigma.device, log_sigma.dtype
+        return sigma.new_empty(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _):
+        # A sum for each part and then theirs, in a fixed order: the same bits every time, unlike with atomics.
+        total = sum((sums.sum(1) for sums in ctx.sums.values()), torch.zeros_like(ctx.sigma))
+        ctx.sums.clear()
+        return (total * ctx.sigma).to(ctx.device, ctx.dtype), None, None
+
+
 def add_noise(
     hidden: torch.Tensor,
-    log_sigma: torch.Tensor,
+    levels: NoiseLevels,
+    position: int,
     seed: int | torch.Tensor,
     noise_scale: NoiseScale = "absolute",
     backend: NoiseBackend = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    call: int = 0,
+    trained: bool = True,
+) -> torch.Tensor:
     """
-    Add Gaussian noise of trainable size to a hidden state.
+    Add Gaussian noise of trainable size to the hidden state of one layer.
 
     The noise of an element depends on the seed and on the element's index in the row-major order of `hidden` alone,
-    not on memory layout; the same seed gives the same noise for the same shape, device and backend. Computed in fp32
-    (fp64 for fp64) and rounded once, so that as much of the noise survives as the format of `hidden` can hold.
+    not on memory layout; the same seed gives the same noise for the same shape, dtype, device and backend. Computed in
+    fp32 (fp64 for fp64) and rounded once, so that as much of the noise survives as the format of `hidden` can hold.
 
     Args:
         hidden (`torch.Tensor` of shape `(..., T, H)`):
             Hidden state, of any floating-point dtype, any number of leading dimensions and any strides.
-        log_sigma (`torch.Tensor` of shape `()`):
-            Natural logarithm of the noise level, on the device of `hidden`.
+        levels ([`NoiseLevels`]):
+            Those of the scoring pass, on the device of `hidden`.
+        position (`int`):
+            Which of them is this layer's.
         seed (`int` or `torch.Tensor` of shape `()`):
             Seed in `[0, 2**64)`. A tensor must be on the CPU; either way the kernels take it as a launch argument, and
             nothing waits for a device.
@@ -59,21 +157,17 @@ def add_noise(
         backend (`str`, *optional*, defaults to `"auto"`):
             `"torch"`, `"triton"`, or `"auto"`: Triton for a tensor on an NVIDIA GPU where Triton is installed, else
             torch.
+        call (`int`, *optional*, defaults to 0):
+            Which call of the layer in this pass it is; the buffers of two calls are apart.
+        trained (`bool`, *optional*, defaults to `True`):
+            Whether this layer's sigma gets a gradient, if `log_sigma` requires one.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The perturbed hidden state, contiguous, of the shape and dtype of
-            `hidden`; and the mean square of the noise (asked, realised after rounding) over a sample of positions,
-            shape `(2,)`, detached, NaN if there are none.
+        `torch.Tensor`: The perturbed hidden state, contiguous, of the shape and dtype of `hidden`.
     """
-    seed = int(seed)
-    if backend == "triton" or (backend == "auto" and _HAS_TRITON and hidden.is_cuda):
-        return noise_triton.AddNoiseTriton.apply(hidden, log_sigma, seed, noise_scale)
-    scale = None
-    if noise_scale == "rms":
-        wide = hidden.detach().to(_at_least_fp32(hidden.dtype))
-        scale = wide.square().mean(dim=-1, keepdim=True).sqrt()  # (..., T, 1)
-    perturbed = _AddNoise.apply(hidden, log_sigma, scale, seed)
-    return perturbed, _noise_power(hidden.detach(), perturbed.detach(), log_sigma.detach().exp(), scale)
+    triton = backend == "triton" or (backend == "auto" and _HAS_TRITON and hidden.is_cuda)
+    function = noise_triton.AddNoiseTriton if triton else _AddNoise
+    return function.apply(hidden, levels.token if trained else None, levels, position, int(seed), noise_scale, call)
 
 
 def check_noise_scale(noise_scale: str, name: str = "noise_scale") -> None:
@@ -97,7 +191,7 @@ def check_noise_backend(backend: str, use_cpu: bool = False, name: str = "noise_
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ---- torch ----
@@ -113,26 +207,30 @@ class _AddNoise(torch.autograd.Function):
     """The reference. It keeps the seed instead of `delta` for its backward."""
 
     @staticmethod
-    def forward(ctx, hidden, log_sigma, scale, seed):
-        # hidden (..., H), log_sigma (), scale (..., 1) or None
-        noise = _standard_normal(hidden, seed).mul_(log_sigma.exp())
+    def forward(ctx, hidden, token, levels, position, seed, noise_scale, call):
+        scale, sigma = None, levels.of_layer[position]
+        if noise_scale == "rms":
+            scale = hidden.to(_at_least_fp32(hidden.dtype)).square().mean(dim=-1, keepdim=True).sqrt_()  # (..., T, 1)
+        noise = _standard_normal(hidden, seed).mul_(sigma)
         if scale is not None:
             noise.mul_(scale)
-        ctx.save_for_backward(log_sigma, scale)
-        ctx.seed = seed
-        return noise.add_(hidden).to(hidden.dtype)
+        out = noise.add_(hidden).to(hidden.dtype)
+        if levels.measured:
+            levels.powers(call, 1, noise.dtype)[position, 0] = _noise_power(hidden, out, sigma, scale)
+        ctx.save_for_backward(scale)
+        ctx.levels, ctx.position, ctx.seed, ctx.call = levels, position, seed, call
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        log_sigma, scale = ctx.saved_tensors
-        grad_log_sigma = None
         if ctx.needs_input_grad[1]:
+            (scale,) = ctx.saved_tensors
             product = _standard_normal(grad, ctx.seed).mul_(grad)
             if scale is not None:
                 product.mul_(scale)
-            grad_log_sigma = (product.sum() * log_sigma.exp()).to(log_sigma.dtype)
-        return grad, grad_log_sigma, None, None
+            ctx.levels.sums(ctx.call, 1, product.dtype)[ctx.position] = product.sum()
+        return (grad, *[None] * 6)
 
 
 def _noise_power(hidden, perturbed, sigma, scale):

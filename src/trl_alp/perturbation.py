@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .noise import NoiseBackend, NoiseScale, add_noise, check_noise_backend, check_noise_scale
+from .noise import NoiseBackend, NoiseLevels, NoiseScale, add_noise, check_noise_backend, check_noise_scale
 
 
 # Odd multiplier (2**64 / golden ratio): spreads neighbouring seeds over the whole range, and being odd it maps
@@ -208,21 +208,36 @@ def parse_layers(
 
 class ScoringPass:
     """
-    A scoring pass: what a recompute in backward has to know of the pass whose layers it runs again.
+    A scoring pass: its noise, and what a recompute in backward has to know of the pass whose layers it runs again.
 
     Args:
         seed (`int`):
             Seed of its noise.
-        num_layers (`int`):
-            How many layers are perturbed.
+        log_sigma (`torch.Tensor` of shape `(L,)`):
+            Natural logarithm of the noise level of each perturbed layer.
+        measured (`bool`):
+            Whether to measure how much of the noise survives rounding.
     """
 
-    def __init__(self, seed: int, num_layers: int):
-        self.seed = seed
+    def __init__(self, seed: int, log_sigma: torch.Tensor, measured: bool):
+        self.seed, self.log_sigma, self.measured = seed, log_sigma, measured
         self.began = torch._C._autograd._get_sequence_nr()
         self.ended: int | float = math.inf  # while it is open
         # Of each perturbed layer, the sequence number at each of its calls.
-        self.calls: list[list[int]] = [[] for _ in range(num_layers)]
+        self.calls: list[list[int]] = [[] for _ in range(len(log_sigma))]
+        self.levels: dict[torch.device, NoiseLevels] = {}  # more than one where a model is spread over devices
+
+    def levels_on(self, device: torch.device) -> NoiseLevels:
+        """The noise levels of the layers that run on a device."""
+        if device not in self.levels:
+            self.levels[device] = NoiseLevels(self.log_sigma, device, self.measured)
+        return self.levels[device]
+
+    def close(self) -> None:
+        """End its forward."""
+        self.ended = torch._C._autograd._get_sequence_nr()
+        for levels in self.levels.values():
+            levels.close()
 
     @property
     def perturbed(self) -> bool:
@@ -318,6 +333,9 @@ class LayerwisePerturbation(nn.Module):
             The perturbed layers, in the order of `log_sigma`.
         num_layers (`int`):
             How many decoder layers the model has.
+        measuring (`bool`):
+            Whether the passes that begin from now on measure how much of their noise survives rounding, for
+            [`~LayerwisePerturbation.effective_noise`]. True at first.
         first_trained (`int`):
             Sigma of the layers below this one gets no gradient; their noise stays. 0 at first, see
             [`first_trained_layer`].
@@ -363,8 +381,8 @@ class LayerwisePerturbation(nn.Module):
         self.log_sigma = nn.Parameter(
             torch.full(size, math.log(sigma_init), dtype=torch.float32), requires_grad=learnable
         )
-        # Mean square of the noise (asked, realised) at each layer, over a sample of positions of the latest forward.
-        self.register_buffer("noise_power", torch.zeros(*size, 2), persistent=False)
+        self.measuring = True
+        self.measured: ScoringPass | None = None  # the latest that was
         self.hidden_dtype: torch.dtype | None = None  # of the latest perturbed forward
         self.first_trained = 0
         self.scoring: ScoringPass | None = None  # the one that is open
@@ -402,12 +420,13 @@ class LayerwisePerturbation(nn.Module):
         """
         if self.scoring is not None:
             raise RuntimeError("`applied` is already active; leave the outer context first.")
-        scoring = self.scoring = ScoringPass(int(seed), len(self.layer_indices))
+        scoring = self.scoring = ScoringPass(int(seed), self.log_sigma, self.measuring)
+        if self.measuring:
+            self.measured = scoring
         self.switch["on"] = True
-        self.noise_power.zero_()
         try:
             yield scoring
-            scoring.ended = torch._C._autograd._get_sequence_nr()
+            scoring.close()
             self.passes.append(scoring)
         finally:
             self.scoring = None
@@ -421,47 +440,45 @@ class LayerwisePerturbation(nn.Module):
     def perturb(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
         """Add the noise of the perturbed layer at `position` to its input, if this forward belongs to a scoring pass.
         # (B, T, H) -> (B, T, H)"""
-        seed = self._seed_of_this_forward(position)
-        if seed is None:
+        scoring, call = self._pass_of_this_forward(position)
+        if scoring is None:
             return hidden
+        index = self.layer_indices[position]
         # Odd multiples of distinct numbers stay distinct modulo 2**32 too, which is all that torch's CPU generator
         # keeps of a seed.
-        layer_seed = (seed * self.num_layers + self.layer_indices[position]) * _ODD_MULTIPLIER % 2**64
-        log_sigma = self.log_sigma[position].to(hidden.device)
-        if self.layer_indices[position] < self.first_trained:
-            log_sigma = log_sigma.detach()
-        perturbed, power = add_noise(hidden, log_sigma, layer_seed, self.noise_scale, self.noise_backend)
+        seed = ((scoring.seed + call * _FORWARD_STRIDE) * self.num_layers + index) * _ODD_MULTIPLIER % 2**64
         self.hidden_dtype = hidden.dtype
-        self.noise_power[position] = power
-        return perturbed
+        return add_noise(
+            hidden, scoring.levels_on(hidden.device), position, seed, self.noise_scale, self.noise_backend,
+            call=call, trained=index >= self.first_trained,
+        )  # fmt: skip
 
-    def _seed_of_this_forward(self, position: int) -> int | None:
-        """Seed of the forward that a layer is in: of the open pass, or in backward of the one it is recomputed for."""
+    def _pass_of_this_forward(self, position: int) -> tuple[ScoringPass | None, int]:
+        """The pass of the forward that a layer is in, the open one or in backward the one it is recomputed for, and
+        which of the layer's calls in that pass it is."""
         if torch._C._current_graph_task_id() == -1:  # not in backward
-            scoring = self.scoring
-            if scoring is None:
-                return None
-            call = scoring.add_call(position)
-        else:
-            number = torch._C._current_autograd_node()._sequence_nr()
-            passes = [*self.passes, *([] if self.scoring is None else [self.scoring])]
-            scoring = next((each for each in passes if each.began <= number < each.ended), None)
-            if scoring is None:
-                return None
-            call = scoring.call_of(position, number)
-        return scoring.seed + call * _FORWARD_STRIDE
+            return self.scoring, 0 if self.scoring is None else self.scoring.add_call(position)
+        number = torch._C._current_autograd_node()._sequence_nr()
+        passes = [*self.passes, *([] if self.scoring is None else [self.scoring])]
+        scoring = next((each for each in passes if each.began <= number < each.ended), None)
+        return scoring, 0 if scoring is None else scoring.call_of(position, number)
 
     def effective_noise(self) -> torch.Tensor:
         """
-        Fraction of the asked noise that survived rounding at each layer's input, in the latest perturbed forward.
+        Fraction of the asked noise that survived rounding at each layer's input, in the latest pass that measured it.
 
         Realised over asked standard deviation: about 1 where the format of the hidden states resolves the noise, 0
-        where adding it changed no bit. Measured on a sample of positions; NaN before the first perturbed forward.
+        where adding it changed no bit. Measured on a sample of positions; NaN for layers that did not run, and before
+        the first pass.
 
         Returns:
             `torch.Tensor` of shape `(L,)`.
         """
-        asked, realised = self.noise_power.unbind(-1)
+        powers = torch.zeros(len(self.layer_indices), 2, device=self.log_sigma.device)
+        if self.measured is not None:
+            for levels in self.measured.levels.values():
+                powers += levels.power.to(powers.device)
+        asked, realised = powers.unbind(-1)
         return (realised / asked).sqrt()
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from trl import GRPOTrainer
@@ -205,6 +206,31 @@ class Watcher(TrainerCallback):
             self.trainer.instruments.append(state.log_history[-1])
 
 
+class _Pool:
+    """Sum, number, minimum and maximum of vectors whose entries may be unknown, that is NaN."""
+
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | None = None  # sum, number; (2, L)
+        self._extremes: torch.Tensor | None = None  # -min, max; (2, L)
+
+    @property
+    def is_empty(self) -> bool:
+        return self._sums is None
+
+    def add(self, values: torch.Tensor) -> None:  # (L,)
+        known = ~values.isnan()
+        sums = torch.stack([torch.where(known, values, 0.0), known.to(values)])
+        extremes = torch.stack([torch.where(known, sign * values, -torch.inf) for sign in (-1, 1)])
+        self._sums = sums if self.is_empty else self._sums + sums
+        self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
+
+    def over(self, accelerator: Accelerator) -> list[torch.Tensor]:
+        """Sum, number, minimum and maximum over all processes.  # (L,) each"""
+        sums = accelerator.reduce(self._sums, reduction="sum")
+        lowest, highest = accelerator.gather(self._extremes.unsqueeze(0)).amax(0)
+        return [each.cpu() for each in (*sums, -lowest, highest)]
+
+
 class ALPWatcher(Watcher):
     """
     Watches an [`ALPGRPOTrainer`]: also how much is clipped, the size of the noise and of sigma, and, in the updates
@@ -217,7 +243,7 @@ class ALPWatcher(Watcher):
 
     def __init__(self, trainer) -> None:
         super().__init__(trainer)
-        self._noise: torch.Tensor | None = None  # see `_pool_noise`
+        self._sigma, self._effective = _Pool(), _Pool()
 
     def is_due(self) -> bool:
         """Whether the policy without noise is looked at: once in `alp_monitor_every` optimiser steps, and at the first
@@ -231,7 +257,10 @@ class ALPWatcher(Watcher):
 
     def look_without_noise(self, score: Callable, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Log-probs and entropies of the micro-batch without noise, if this update is monitored.  # (B, T) each"""
-        if not self.is_due():
+        due = self.is_due()
+        # How much of the noise survives rounding changes slowly, and looking takes time in every layer.
+        self.trainer.perturbation.measuring = due or self._effective.is_empty
+        if not due:
             return None
         kwargs = kwargs | {"compute_entropy": True, "compute_aux_loss": False}
         device = self.trainer.accelerator.device
@@ -248,7 +277,11 @@ class ALPWatcher(Watcher):
             means = {"entropy": (entropies, loss.mask), **self._clip_means(loss, plain, behaviour, staleness)}
             self.trainer.instruments.record("noise_off", plain, behaviour, loss.mask, staleness, means, engine)
         if self.trainer.args.alp_enabled:
-            self._pool_noise()
+            perturbation = self.trainer.perturbation
+            self._sigma.add(perturbation.sigma)
+            if perturbation.measuring:
+                self._effective.add(perturbation.effective_noise())
+                perturbation.measuring = False
 
     def further_means(self, loss, logps, behaviour, staleness, noise_off):
         means = self._clip_means(loss, logps, behaviour, staleness)
@@ -276,51 +309,39 @@ class ALPWatcher(Watcher):
 
     # ---- Sigma and its noise ----
 
-    def _pool_noise(self) -> None:
-        perturbation = self.trainer.perturbation
-        values = torch.stack([perturbation.sigma, perturbation.effective_noise()])  # (2, L)
-        # Layers that did not run have no noise, as the cross-attention layers of some models without an image.
-        known = ~values.isnan()
-        sums = torch.stack([torch.where(known, values, 0.0), known.to(values)])
-        extremes = torch.stack([torch.where(known, sign * values, -torch.inf) for sign in (-1, 1)])
-        if self._noise is None:
-            self._noise = torch.cat([sums, extremes])  # sum, number, -min and max since the last log; (4, 2, L)
-        else:
-            self._noise = torch.cat([self._noise[:2] + sums, torch.maximum(self._noise[2:], extremes)])
-
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self._noise = None
+        self._sigma, self._effective = _Pool(), _Pool()
 
     def flush(self) -> None:
         super().flush()
         if self.trainer.sigma_optimizer is not None:
             self._pending |= self.trainer.sigma_optimizer.metrics()
         self._warn_of_clipped_mismatch(self._pending.get("alp/clip/fresh", 0.0))
-        if self._noise is not None:
+        if not self._effective.is_empty:
             self._pending |= self._noise_metrics()
 
     def _noise_metrics(self) -> dict[str, float]:
         """Metrics of the perturbation since the last log; warns of noise that rounding eats."""
         accelerator, layers = self.trainer.accelerator, self.trainer.perturbation.layer_indices
-        sums, counts = accelerator.reduce(self._noise[:2], reduction="sum").cpu()
-        lowest, highest = accelerator.gather(self._noise[2:].unsqueeze(0)).amax(0).cpu()
-        self._noise = None
+        sigma, effective = self._sigma.over(accelerator), self._effective.over(accelerator)
+        self._sigma, self._effective = _Pool(), _Pool()
         metrics = {}
-        for row, name in enumerate(("sigma", "noise/effective")):
-            metrics[f"alp/{name}/mean"] = (sums[row].sum() / counts[row].sum()).item()
-            metrics[f"alp/{name}/min"] = -lowest[row].max().item()
-            metrics[f"alp/{name}/max"] = highest[row].max().item()
-        for index, value in zip(layers, (sums[0] / counts[0]).tolist(), strict=True):
+        for name, (sums, counts, lowest, highest) in (("sigma", sigma), ("noise/effective", effective)):
+            metrics[f"alp/{name}/mean"] = (sums.sum() / counts.sum()).item()
+            metrics[f"alp/{name}/min"] = lowest.min().item()
+            metrics[f"alp/{name}/max"] = highest.max().item()
+        for index, value in zip(layers, (sigma[0] / sigma[1]).tolist(), strict=True):
             metrics[f"alp/sigma/layer_{index:02d}"] = value
-        lost = (-lowest[1] < _LOST_NOISE).nonzero().flatten().tolist()
+        worst = effective[2]  # (L,)
+        lost = (worst < _LOST_NOISE).nonzero().flatten().tolist()
         if lost:
             dtype = str(self.trainer.perturbation.hidden_dtype).removeprefix("torch.")
             self.warn_once(
                 "lost",
                 f"Noise is lost in rounding: in {dtype}, with sigma between {metrics['alp/sigma/min']:.3g} and "
                 f"{metrics['alp/sigma/max']:.3g} (alp_noise_scale={self.trainer.args.alp_noise_scale!r}), only "
-                f"{-lowest[1].max():.0%} of its standard deviation reaches the input of the worst of the layers "
+                f"{worst.min():.0%} of its standard deviation reaches the input of the worst of the layers "
                 f"{[layers[i] for i in lost]}. Raise `alp_sigma_init` (and `alp_sigma_min`), use "
                 "`alp_noise_scale='rms'`, or train with fp32 weights and bf16 autocast on one GPU or under DDP, which "
                 "keep the residual stream in fp32.",
