@@ -75,6 +75,7 @@ def test_a_process_whose_micro_batch_is_all_masked_does_not_hang_the_others(tmp_
     assert all(torch.isfinite(weight).all() for weight in first["weights"].values())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_resumes_on_one(tmp_path):
     launch(tmp_path / "two", 2)
     (one,) = launch(

@@ -598,8 +598,14 @@ ROLLOUTS = {
 }
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("rollouts", ROLLOUTS)
+# Every rollout at the level that multiplies ratios up, and every level at the rollout that does so farthest.
+@pytest.mark.parametrize(
+    "rollouts, level",
+    [
+        *((rollouts, "sequence") for rollouts in ROLLOUTS),
+        *(("gap_1e4", each) for each in LEVELS if each != "sequence"),
+    ],
+)
 def test_hard_rollouts_leave_every_parameter_finite(tmp_path, rollouts, level):
     trainer = tiny.trainer(tmp_path, alp_ratio_level=level, rollout_func=ROLLOUTS[rollouts], alp_monitor_every=1)
     trainer.train()
