@@ -32,6 +32,7 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, instrument
+from trl_alp.checks import check_dataset
 
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -145,6 +146,7 @@ def main(script_args: ScriptArguments, training_args: GRPOConfig, model_args: Mo
     name, config = script_args.dataset_name, script_args.dataset_config
     train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
     train_dataset = load_problems(name, config, train_split, script_args.max_train_samples, chat)
+    check_dataset(train_dataset, training_args)
     evaluate = training_args.eval_strategy != "no"
     eval_dataset = load_problems(name, config, test_split, None, chat) if evaluate else None
     # `--dtype` defaults to float32: master weights in fp32 and compute in bf16, as in the paper.

@@ -272,3 +272,26 @@ def test_choices_are_in_the_metadata_of_every_field_that_has_some():
         ("alp_ratio_level", LEVELS), ("alp_noise_scale", NOISE_SCALES), ("alp_noise_backend", NOISE_BACKENDS)
     ):  # fmt: skip
         assert tuple(fields[name].metadata["choices"]) == choices
+
+
+# ---- The dataset ----
+
+
+def test_a_dataset_smaller_than_one_batch_of_rollouts_is_refused_when_training_begins(tmp_path):
+    # 8 completions x 4 steps // 4 completions of each prompt are 8 prompts.
+    trainer = tiny.trainer(
+        tmp_path, train_dataset=tiny.prompts(7), eval_dataset=tiny.prompts(1), steps_per_generation=4,
+        gradient_accumulation_steps=1, per_device_eval_batch_size=4,
+    )  # fmt: skip
+    assert "eval_loss" in trainer.evaluate()
+    with pytest.raises(ValueError, match=r"^train_dataset has 7 prompts, fewer than the 8 .*=32 // num_generations=4"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_one_batch_of_rollouts_is_enough_and_a_stream_has_no_size(tmp_path, streamed):
+    dataset = tiny.prompts(8)
+    dataset = dataset.to_iterable_dataset() if streamed else dataset
+    trainer = tiny.trainer(tmp_path, train_dataset=dataset, steps_per_generation=4)
+    assert trainer.train().global_step == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_noise import needs_triton
+from test_noise import needs_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trl_alp
@@ -175,7 +175,7 @@ def operators(layers, perturbed, measuring=False, backend="torch", **settings):
         ("torch", {"noise_scale": "rms"}, 13),
         ("torch", {"noise_scale": "absolute"}, 8),
         ("torch", {"noise_scale": "rms", "learnable": False}, 7),
-        pytest.param("triton", {"noise_scale": "rms"}, 1, marks=needs_triton),
+        pytest.param("triton", {"noise_scale": "rms"}, 1, marks=needs_gpu),
     ],
 )
 def test_a_perturbed_layer_dispatches_few_operators(backend, settings, at_most):

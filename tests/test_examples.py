@@ -95,6 +95,16 @@ def test_a_dataset_without_questions_is_told(tmp_path):
         load("train_alp.py").load_problems(str(tmp_path / "x.jsonl"), None, "train", None, chat=False)
 
 
+def test_train_alp_refuses_too_few_prompts_before_it_loads_a_model(tmp_path, language_model):
+    AutoTokenizer.from_pretrained(language_model).save_pretrained(tmp_path / "no_weights")
+    arguments = ["--model_name_or_path", tmp_path / "no_weights", "--dataset_name", GSM8K, "--max_train_samples", 3]
+    arguments += ["--output_dir", tmp_path / "out", "--use_cpu", "true", "--bf16", "false", "--num_generations", 2]
+    arguments += ["--per_device_train_batch_size", 8]
+    script = load("train_alp.py")
+    with pytest.raises(ValueError, match=r"^train_dataset has 3 prompts, fewer than the 4 of one batch of rollouts"):
+        script.main(*script.parse_arguments([str(argument) for argument in arguments]))
+
+
 @pytest.mark.parametrize(
     ("completion", "solution", "reward"),
     [

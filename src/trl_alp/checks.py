@@ -1,12 +1,13 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
 """What must hold, when a trainer is built, for the importance ratio to be what the equations say."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import wraps
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from .config import ALPGRPOConfig
 from .sampling import reshaping
@@ -33,6 +34,19 @@ def check_args(args: ALPGRPOConfig) -> None:
         raise ValueError(
             f"full_determinism=True with alp_ratio_level={args.alp_ratio_level!r} is not supported on a GPU: torch "
             "has no deterministic cumulative sum there. Use another level, or `full_determinism=False`."
+        )
+
+
+def check_dataset(dataset: Any, args: GRPOConfig) -> None:
+    """Raise a `ValueError` if a dataset whose size is known has fewer prompts than one batch of rollouts takes; TRL
+    would train nothing and say nothing."""
+    prompts = args.generation_batch_size // args.num_generations
+    if isinstance(dataset, Sized) and len(dataset) < prompts:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} prompts, fewer than the {prompts} of one batch of rollouts "
+            f"(generation_batch_size={args.generation_batch_size} // num_generations={args.num_generations}), so that "
+            "nothing would be trained. Use more prompts, or lower `steps_per_generation`, "
+            "`per_device_train_batch_size` or `generation_batch_size`."
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
-from .checks import check_args, check_server, checked, warn_of_dropout, warn_of_sampling
+from .checks import check_args, check_dataset, check_server, checked, warn_of_dropout, warn_of_sampling
 from .config import ALPGRPOConfig
 from .guard import ScoringGuard, check_overrides
 from .perturbation import LayerwisePerturbation, find_decoder_layers, noise_seed, parse_layers
@@ -61,7 +61,7 @@ class ALPGRPOTrainer(GRPOTrainer):
         `ValueError`: If `args` is not an [`ALPGRPOConfig`], the model has no decoder layers, `alp_layers` does not fit
             it, fp16 is combined with DeepSpeed or a CPU, `full_determinism` with a cumulative ratio on a GPU, a vLLM
             server does not return processed log-probs, or a method of a subclass hides one of ALP's. By `train()`: if
-            the policy has no trainable parameter.
+            the policy has no trainable parameter, or the dataset fewer prompts than a batch of rollouts.
         `RuntimeError`: By `train()`, before the policy steps, if the loss did not go through ALP's overrides.
 
     Example:
@@ -130,6 +130,10 @@ class ALPGRPOTrainer(GRPOTrainer):
         )
         self.watcher = ALPWatcher(self)
         self.add_callback(self.watcher)
+
+    def get_train_dataloader(self):
+        check_dataset(self.train_dataset, self.args)  # not at construction: one row is enough to evaluate
+        return super().get_train_dataloader()
 
     # ---- The behaviour policy ----
 
