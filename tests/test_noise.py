@@ -41,7 +41,7 @@ ODD = 0x9E3779B97F4A7C15
 def add_noise(hidden, log_sigma, seed, noise_scale="absolute", backend="auto", **kwargs):
     """The noise of a model of one layer, and its measured power, asked and realised."""
     levels = NoiseLevels(log_sigma.reshape(1), measured=True)
-    return noise.add_noise(hidden, levels, 0, seed, noise_scale, backend, **kwargs), levels.power[0]
+    return noise.add_noise(hidden, levels, 0, seed, noise_scale, backend, **kwargs), levels.take_power()[0]
 
 
 def draw(backend, seed, *shape, dtype=torch.float32):
@@ -248,9 +248,8 @@ def test_the_sum_is_formed_in_high_precision_and_rounded_once(backend, noise_sca
     assert out.dtype == dtype and out.shape == hidden.shape and out.is_contiguous()
     exact = hidden.double()
     scale = exact.square().mean(-1, keepdim=True).sqrt() if noise_scale == "rms" else 1
-    added = (
-        math.exp(-2) * scale * draw(stream_of(backend, dtype), SEED, *shape, dtype=wide).double()
-    )  # torch's fp64 noise is its own
+    delta = draw(stream_of(backend, dtype), SEED, *shape, dtype=wide).double()  # torch's fp64 noise is its own
+    added = math.exp(-2) * scale * delta
     exact = exact + added
     unit = torch.finfo(dtype).eps * torch.exp2(exact.abs().log2().floor())
     # Triton's interpreter cuts bf16 off where the GPU rounds to nearest.

@@ -294,6 +294,17 @@ def test_copies_and_pickles_of_the_model_are_not_perturbed():
             assert torch.equal(twin(IDS).logits, plain)
 
 
+def test_a_perturbation_can_be_copied_while_a_backward_is_awaited():
+    model = tiny.model()
+    perturbation = LayerwisePerturbation(model)
+    with perturbation.applied(1):
+        loss = model(IDS, labels=IDS).loss
+    twin = copy.deepcopy(perturbation)
+    assert torch.equal(twin.sigma, perturbation.sigma) and not twin.passes and len(perturbation.passes) == 1
+    loss.backward()
+    assert (perturbation.log_sigma.grad != 0).all()
+
+
 def test_two_perturbations_do_not_disturb_each_other():
     first, second = tiny.model(), tiny.model()
     plain = second(IDS).logits

@@ -21,7 +21,7 @@ from trl.chat_template_utils import qwen3_chat_template
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
 
 
-# Where the tests run: `make test-gpu` sets it to "cuda".
+# Where the tests of the noise run; the others are for CPUs so far.
 DEVICE = os.environ.get("TRL_ALP_TEST_DEVICE", "cpu")
 CHARACTERS = string.digits + "+-= " + string.ascii_lowercase
 FAMILIES = ("llama", "qwen2", "gpt2")

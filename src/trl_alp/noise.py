@@ -89,11 +89,13 @@ class NoiseLevels:
             return self.sigma.new_empty(1, rows, dtype=dtype), 0
         return _once(self._scales, self.sigma.new_empty, (len(self.sigma), rows), call, dtype), position
 
-    @property
-    def power(self) -> torch.Tensor:
-        """Mean square of each layer's noise, asked and realised, added up over the calls of the model.  # (L, 2)"""
+    def take_power(self) -> torch.Tensor:
+        """Mean square of each layer's noise, asked and realised, added up over the calls of the model; once.
+        # (L, 2)"""
         none = self.sigma.new_zeros(len(self.sigma), 2)
-        return sum((powers.mean(1).to(none) for powers in self._powers.values()), none)
+        power = sum((powers.mean(1).to(none) for powers in self._powers.values()), none)
+        self._powers.clear()
+        return power
 
 
 _Buffers = dict[tuple, torch.Tensor]

@@ -239,6 +239,12 @@ class ScoringPass:
         for levels in self.levels.values():
             levels.close()
 
+    def take_power(self) -> torch.Tensor:
+        """Mean square of the noise of each perturbed layer, asked and realised; zeros where it did not run.
+        # (L, 2)"""
+        none = self.log_sigma.new_zeros(len(self.log_sigma), 2)
+        return sum((levels.take_power().to(none) for levels in self.levels.values()), none)
+
     @property
     def perturbed(self) -> bool:
         """Whether the noise entered at least one layer."""
@@ -382,7 +388,8 @@ class LayerwisePerturbation(nn.Module):
             torch.full(size, math.log(sigma_init), dtype=torch.float32), requires_grad=learnable
         )
         self.measuring = True
-        self.measured: ScoringPass | None = None  # the latest that was
+        # Mean square of the noise (asked, realised) at each layer, over a sample of positions of the latest pass.
+        self.register_buffer("noise_power", torch.zeros(*size, 2), persistent=False)
         self.hidden_dtype: torch.dtype | None = None  # of the latest perturbed forward
         self.first_trained = 0
         self.scoring: ScoringPass | None = None  # the one that is open
@@ -396,6 +403,10 @@ class LayerwisePerturbation(nn.Module):
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         self.remove = weakref.finalize(self, _remove_hooks, handles)
         self.remove.atexit = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy awaits no backward; what the original awaits cannot be copied.
+        return self.__dict__ | {"scoring": None, "passes": deque(maxlen=_REMEMBERED_PASSES)}
 
     @property
     def sigma(self) -> torch.Tensor:
@@ -421,12 +432,12 @@ class LayerwisePerturbation(nn.Module):
         if self.scoring is not None:
             raise RuntimeError("`applied` is already active; leave the outer context first.")
         scoring = self.scoring = ScoringPass(int(seed), self.log_sigma, self.measuring)
-        if self.measuring:
-            self.measured = scoring
         self.switch["on"] = True
         try:
             yield scoring
             scoring.close()
+            if scoring.measured:
+                self.noise_power = scoring.take_power()
             self.passes.append(scoring)
         finally:
             self.scoring = None
@@ -474,11 +485,7 @@ class LayerwisePerturbation(nn.Module):
         Returns:
             `torch.Tensor` of shape `(L,)`.
         """
-        powers = torch.zeros(len(self.layer_indices), 2, device=self.log_sigma.device)
-        if self.measured is not None:
-            for levels in self.measured.levels.values():
-                powers += levels.power.to(powers.device)
-        asked, realised = powers.unbind(-1)
+        asked, realised = self.noise_power.unbind(-1)
         return (realised / asked).sqrt()
 
     @torch.no_grad()
