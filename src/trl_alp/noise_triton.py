@@ -65,7 +65,8 @@ def _normals_of_halves(word):
     else:
         high, low = (word >> 16) | 0x43000000, (word & 0xFFFF) | 0x43000000
     u = high.to(tl.float32, bitcast=True) - 127.99999237060547  # 128 - 2**-17
-    return _box_muller(u, 6.283185307179586 * low.to(tl.float32, bitcast=True) - 807.3893119926768, NEAR_ONE=False)
+    angle = 6.283185307179586 * low.to(tl.float32, bitcast=True) - 807.3893119926768  # 257 pi
+    return _box_muller(u, angle, NEAR_ONE=False)
 
 
 @triton.jit
