@@ -15,8 +15,9 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 quickstart: $(VENV)/.ready  ## Train a small model with ALP-GRPO and draw what happened
 	$(BIN)/python examples/quickstart.py
 
+# Two processes of one thread each: the models are too small for more threads, and each process takes over a gigabyte.
 test: $(VENV)/.ready  ## The fast tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Triton's interpreter runs the kernels on a CPU. The wheel (0.2 GB to fetch, 0.7 GB on disk, Linux only) stays in a folder
 # of its own, so that all else is tested without it. The version is the one that torch 2.13 asks for on CUDA.
