@@ -155,7 +155,7 @@ class Operators(TorchDispatchMode):
 
 
 def operators(layers, perturbed, measuring=False, backend="torch", **settings):
-    model = tiny.model(layers=layers).train().to(tiny.DEVICE)
+    model = tiny.model(layers=layers).train()
     perturbation = LayerwisePerturbation(model, noise_backend=backend, **settings).to(tiny.DEVICE)
     perturbation.measuring = measuring
     ids = torch.arange(40, device=tiny.DEVICE).reshape(2, 20)

@@ -219,13 +219,13 @@ def test_tool_tokens_are_kept_out_of_the_ratio(tmp_path, chat_model, level):
 )
 def test_tokens_of_a_rollouts_environment_are_in_no_ratio_and_separate_turns(tmp_path, level, low, high):
     """Two turns of two tokens, with a token of the environment between them; the gaps are known."""
-    completion, gaps = [5, 6, 7, 8, 9], torch.tensor([0.1, 0.2, 1e3, 0.3, 0.4])
+    completion, gaps = [5, 6, 7, 8, 9], tiny.tensor([0.1, 0.2, 1e3, 0.3, 0.4])
 
     @torch.no_grad()
     def rollout(batch, trainer):
         output = {"prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in batch]}
-        logits = trainer.model(torch.tensor([ids + completion for ids in output["prompt_ids"]])).logits[:, -6:-1]
-        p = logits.log_softmax(-1).gather(-1, torch.tensor(completion).expand(len(batch), -1)[..., None])[..., 0]
+        logits = trainer.model(tiny.tensor([ids + completion for ids in output["prompt_ids"]])).logits[:, -6:-1]
+        p = logits.log_softmax(-1).gather(-1, tiny.tensor(completion).expand(len(batch), -1)[..., None])[..., 0]
         output |= {"completion_ids": [completion] * len(batch), "logprobs": (p - gaps).tolist()}
         return output | {"env_mask": [[1, 1, 0, 1, 1]] * len(batch)}
 

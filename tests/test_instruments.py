@@ -111,8 +111,7 @@ def test_a_window_without_any_token_is_no_error(tmp_path, monkeypatch, watched):
 
 
 def test_the_envelope_reaches_wandb_as_a_table(tmp_path, monkeypatch):
-    import wandb
-
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     tiny.trainer(tmp_path, report_to="wandb", alp_monitor_every=1).train()
@@ -145,10 +144,10 @@ def test_the_envelope_reaches_trackio_as_a_table(tmp_path, monkeypatch):
     shown = []
     trackio = types.SimpleNamespace(log=shown.append, Table=lambda dataframe: dataframe)
     monkeypatch.setitem(sys.modules, "trackio", trackio)
-    instruments = Instruments(Accelerator(cpu=True), str(tmp_path), ["trackio"])
+    instruments = Instruments(Accelerator(cpu=tiny.DEVICE == "cpu"), str(tmp_path), ["trackio"])
     instruments.begin(0)
-    p, q = torch.zeros(2, 5), torch.full((2, 5), -0.1)
-    instruments.record("update", p, q, torch.ones(2, 5), staleness=0)
+    p = torch.zeros(2, 5, device=tiny.DEVICE)
+    instruments.record("update", p, p - 0.1, torch.ones_like(p), staleness=0)
     instruments.flush(7)
     (entry,) = shown
     assert list(entry["alp/envelope"].columns) == COLUMNS and entry["alp/envelope"]["tokens"].tolist() == [10]
@@ -301,12 +300,13 @@ def test_a_loss_that_does_not_score_is_warned_about_and_trains(tmp_path, monkeyp
 
 
 def instruments_at(folder, **kwargs):
-    instruments = Instruments(Accelerator(cpu=True), str(folder), [], **kwargs)
+    instruments = Instruments(Accelerator(cpu=tiny.DEVICE == "cpu"), str(folder), [], **kwargs)
     instruments.begin(0)
     return instruments
 
 
 def record(instruments, gap, staleness=0, policy="update", engine=True):
+    gap = gap.to(tiny.DEVICE)
     q = torch.full_like(gap, -1.0)
     instruments.record(policy, q + gap, q, torch.ones_like(gap), staleness, engine=engine)
     return instruments

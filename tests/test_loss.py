@@ -12,20 +12,20 @@ from trl_alp.ratio import LEVELS
 
 
 B, T = 4, 6
-ADVANTAGES = torch.tensor([1.3, -0.7, 0.0, -2.1], dtype=torch.float64)
-MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]])
-TOOL_MASK = torch.tensor([[1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 1, 1], [1, 0, 1, 1, 1, 1]])
+ADVANTAGES = tiny.tensor([1.3, -0.7, 0.0, -2.1], dtype=torch.float64)
+MASK = tiny.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]])
+TOOL_MASK = tiny.tensor([[1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 1, 1], [1, 0, 1, 1, 1, 1]])
 
 
 def scored_batch(monkeypatch, spread, tools=False, seed=0):
     """A micro-batch and the log-probs `p` that the model is made to return for it."""
     generator = torch.Generator().manual_seed(seed)
-    p = (-3 * torch.rand(B, T, generator=generator, dtype=torch.float64)).requires_grad_()
-    q = p.detach() - spread * torch.randn(B, T, generator=generator, dtype=torch.float64)
+    p = (-3 * torch.rand(B, T, generator=generator, dtype=torch.float64)).to(tiny.DEVICE).requires_grad_()
+    q = p.detach() - spread * torch.randn(B, T, generator=generator, dtype=torch.float64).to(tiny.DEVICE)
     inputs = {
-        "prompt_ids": torch.full((B, 2), 5),
-        "prompt_mask": torch.ones(B, 2, dtype=torch.long),
-        "completion_ids": torch.full((B, T), 6),
+        "prompt_ids": torch.full((B, 2), 5, device=tiny.DEVICE),
+        "prompt_mask": torch.ones(B, 2, dtype=torch.long, device=tiny.DEVICE),
+        "completion_ids": torch.full((B, T), 6, device=tiny.DEVICE),
         "completion_mask": MASK,
         "advantages": ADVANTAGES,
         "sampling_per_token_logps": q,
@@ -36,7 +36,7 @@ def scored_batch(monkeypatch, spread, tools=False, seed=0):
     monkeypatch.setattr(
         GRPOTrainer,
         "_get_per_token_logps_and_entropies",
-        lambda self, model, *args, **kwargs: (p, torch.zeros(B, T, dtype=torch.float64), None),
+        lambda self, model, *args, **kwargs: (p, torch.zeros_like(p), None),
     )
     return p, q, inputs
 
@@ -60,7 +60,8 @@ def test_loss_and_gradient_equal_the_reference(tmp_path, monkeypatch, level, low
         p, q, inputs = scored_batch(monkeypatch, spread, tools)
         loss = trainer.compute_loss(trainer.model, inputs)
         (gradient,) = torch.autograd.grad(loss, p)
-        expected = reference.token_mean(reference.token_losses(p, q, mask, ADVANTAGES, level, low, high, dual_clip))
+        on_cpu = (each.cpu() for each in (p, q, mask, ADVANTAGES))
+        expected = reference.token_mean(reference.token_losses(*on_cpu, level, low, high, dual_clip)).to(p.device)
         (expected_gradient,) = torch.autograd.grad(expected, p)
         torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
@@ -103,7 +104,7 @@ def test_dual_clip_bounds_negative_advantages_only_below_the_upper_clip(tmp_path
     p, _, inputs = scored_batch(monkeypatch, 0.0)
     inputs["sampling_per_token_logps"] = p.detach() - math.log(2)  # ratio 2 everywhere
     inputs["completion_mask"] = torch.ones_like(MASK)
-    inputs["num_items_in_batch"] = torch.tensor(B * T)
+    inputs["num_items_in_batch"] = tiny.tensor(B * T)
     (gradient,) = torch.autograd.grad(trainer.compute_loss(trainer.model, inputs), p)
     assert (gradient[0] != 0).all()  # A > 0: 2 < 4, not clipped
     assert (gradient[1] == 0).all() and (gradient[3] == 0).all()  # A < 0: 2 > 1.2
@@ -127,7 +128,7 @@ def test_off_policy_mask_sees_the_behaviour_policy_at_every_level(tmp_path, monk
     # With the aggregated denominator in its place, the sequence's KL would count T times.
     kept = {}
     monkeypatch.setattr(
-        GRPOTrainer, "get_off_policy_mask", staticmethod(lambda **kw: kept.update(kw) or torch.ones(B, 1))
+        GRPOTrainer, "get_off_policy_mask", staticmethod(lambda **kw: kept.update(kw) or tiny.tensor([[1.0]] * B))
     )
     trainer = trained(tmp_path, alp_ratio_level="sequence", off_policy_mask_threshold=0.5)
     _, q, inputs = scored_batch(monkeypatch, 1.0)
@@ -141,7 +142,7 @@ def test_kl_term_uses_the_perturbed_policy_and_reaches_sigma(tmp_path):
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     batch = trainer._prepare_inputs([trainer.train_dataset[i // 4] for i in range(8)])
-    batch["advantages"] = torch.zeros(8)  # leaves the KL term alone
+    batch["advantages"] = torch.zeros(8, device=tiny.DEVICE)  # leaves the KL term alone
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     assert loss.item() > 1e-4  # the policy is the reference policy: without noise the KL would be 0

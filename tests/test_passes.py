@@ -12,7 +12,7 @@ from trl_alp import LayerwisePerturbation
 from trl_alp.perturbation import _FORWARD_STRIDE, find_decoder_layers, first_trained_layer
 
 
-IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+IDS = tiny.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 CHECKPOINTING = {"none": None, "not reentrant": {"use_reentrant": False}, "reentrant": {"use_reentrant": True}}
 
 
@@ -183,7 +183,7 @@ def with_lora_on_top(layers=8, top=2):
 
 
 def test_sigma_keeps_no_activations_below_what_is_trained():
-    ids = torch.randint(3, 40, (8, 32))
+    ids = torch.randint(3, 40, (8, 32), device=tiny.DEVICE)
     model = with_lora_on_top()
     stock = kept_bytes(lambda: loss(model, ids))
     perturbation = LayerwisePerturbation(model, sigma_init=0.1)

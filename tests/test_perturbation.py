@@ -20,7 +20,7 @@ from trl_alp import LayerwisePerturbation
 from trl_alp.perturbation import find_decoder_layers, noise_seed, parse_layers
 
 
-IDS = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])
+IDS = tiny.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])
 MASK = (IDS != 0).long()
 
 
@@ -35,9 +35,9 @@ def add_by_hand(layers, indices, sigma, perturbation, seed, noise_scale):
     def hook(index, level):
         def add(module, args, kwargs):
             hidden = args[0] if args else kwargs["hidden_states"]
-            generator = torch.Generator().manual_seed(layer_seed(perturbation, seed, index))
+            generator = torch.Generator(hidden.device).manual_seed(layer_seed(perturbation, seed, index))
             dtype = torch.promote_types(hidden.dtype, torch.float32)
-            delta = torch.randn(hidden.shape, generator=generator, dtype=dtype)
+            delta = torch.randn(hidden.shape, generator=generator, dtype=dtype, device=hidden.device)
             noise = delta * level.to(dtype)
             if noise_scale == "rms":
                 noise = noise * hidden.detach().to(dtype).square().mean(-1, keepdim=True).sqrt()
@@ -57,7 +57,9 @@ def add_by_hand(layers, indices, sigma, perturbation, seed, noise_scale):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_perturbed_forward_equals_noise_added_by_hand_at_the_layer_input(family, noise_scale, dtype):
     model = tiny.model(family, layers=3, dtype=dtype)
-    perturbation = LayerwisePerturbation(model, layers=[0, 2], sigma_init=0.1, noise_scale=noise_scale)
+    perturbation = LayerwisePerturbation(
+        model, layers=[0, 2], sigma_init=0.1, noise_scale=noise_scale, noise_backend="torch"
+    )
     plain = model(IDS, attention_mask=MASK).logits
     with perturbation.applied(7):
         perturbed = model(IDS, attention_mask=MASK).logits
@@ -73,9 +75,9 @@ def test_perturbed_forward_equals_noise_added_by_hand_at_the_layer_input(family,
 
 def test_perturbed_forward_equals_noise_added_by_hand_on_gpt2_124m():
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    model = AutoModelForCausalLM.from_config(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).to(tiny.DEVICE)
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
-    perturbation = LayerwisePerturbation(model, sigma_init=0.05, noise_scale="absolute")
+    perturbation = LayerwisePerturbation(model, sigma_init=0.05, noise_scale="absolute", noise_backend="torch")
     assert perturbation.layer_indices == list(range(12))
     with torch.no_grad():
         with perturbation.applied(3):
@@ -102,7 +104,8 @@ def double_loss(model):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_log_sigma_gradient_equals_finite_differences_in_fp64(family, noise_scale):
     model = double_model(family)
-    perturbation = LayerwisePerturbation(model, sigma_init=0.1, noise_scale=noise_scale).double()
+    settings = {"noise_scale": noise_scale, "noise_backend": "torch"}
+    perturbation = LayerwisePerturbation(model, sigma_init=0.1, **settings).double()
     with perturbation.applied(7):
         double_loss(model).backward()
     step = 1e-5
@@ -139,8 +142,8 @@ def reference_loss(model, perturbation, moved):
     def add(index, level):
         def hook(module, args, kwargs):
             hidden = args[0] if args else kwargs["hidden_states"]
-            generator = torch.Generator().manual_seed(layer_seed(perturbation, 7, index))
-            delta = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
+            generator = torch.Generator(hidden.device).manual_seed(layer_seed(perturbation, 7, index))
+            delta = torch.randn(hidden.shape, generator=generator, dtype=torch.float64, device=hidden.device)
             hidden = hidden + delta * level * scales[index]
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
@@ -179,8 +182,8 @@ def test_gradient_checkpointing_meets_the_same_noise(family, use_reentrant):
 def test_layer_input_is_perturbed_also_where_it_comes_as_a_keyword():
     model = tiny.model()
     perturbation = LayerwisePerturbation(model, sigma_init=0.1)
-    hidden = torch.randn(1, 3, 32)
-    rotary = model.model.rotary_emb(hidden, torch.arange(3)[None])
+    hidden = torch.randn(1, 3, 32, device=tiny.DEVICE)
+    rotary = model.model.rotary_emb(hidden, torch.arange(3, device=tiny.DEVICE)[None])
     layer = model.model.layers[0]
     with torch.no_grad():
         with perturbation.applied(4):
@@ -194,10 +197,10 @@ def test_layer_input_is_perturbed_also_where_it_comes_as_a_keyword():
 def test_global_random_state_is_untouched():
     model = tiny.model()
     perturbation = LayerwisePerturbation(model)
-    before = torch.get_rng_state()
+    before = tiny.random_states()
     with perturbation.applied(1):
         model(IDS, labels=IDS).loss.backward()
-    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one, other) for one, other in zip(before, tiny.random_states(), strict=True))
 
 
 def test_same_seed_same_noise_other_seed_other_noise():
@@ -242,13 +245,13 @@ def test_effective_noise_is_one_in_fp32_and_zero_where_rounding_eats_it():
         perturbation = LayerwisePerturbation(model, sigma_init=sigma, noise_scale="rms")
         assert perturbation.effective_noise().isnan().all()
         with perturbation.applied(0):
-            model(torch.randint(3, 40, (8, 32)))
+            model(torch.randint(3, 40, (8, 32), device=tiny.DEVICE))
         assert perturbation.effective_noise().tolist() == pytest.approx([expected] * 2, abs=0.1)
         assert perturbation.hidden_dtype == dtype
 
 
 def test_sigma_is_in_units_of_the_tokens_rms():
-    hidden = torch.randn(2, 64, 512) * torch.tensor([1.0, 100.0]).view(2, 1, 1)
+    hidden = torch.randn(2, 64, 512, device=tiny.DEVICE) * tiny.tensor([1.0, 100.0]).view(2, 1, 1)
     model = tiny.model()
     perturbation = LayerwisePerturbation(model, sigma_init=0.1, noise_scale="rms")
     with perturbation.applied(0):
@@ -263,8 +266,14 @@ def test_off_is_bit_identical_also_after_an_exception_inside_the_forward():
     names = [name for name, _ in model.named_parameters()], list(model.state_dict())
     perturbation = LayerwisePerturbation(model)
     assert ([name for name, _ in model.named_parameters()], list(model.state_dict())) == names
-    with pytest.raises(IndexError), perturbation.applied(1):
-        model(torch.tensor([[10_000]]))
+
+    def fail(*args):
+        raise MemoryError
+
+    handle = model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(MemoryError), perturbation.applied(1):
+        model(IDS)
+    handle.remove()
     assert perturbation.scoring is None
     assert torch.equal(model(IDS).logits, plain)
 

@@ -1,4 +1,3 @@
-import os
 import random
 import signal
 import subprocess
@@ -6,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 
@@ -13,9 +13,8 @@ HERE = Path(__file__).parent
 
 
 def run(out, *seconds):
-    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "killed_run.py"), str(out), *map(str, seconds)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=tiny.environment(), timeout=120)
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 import os
 import string
+from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -21,10 +23,33 @@ from trl.chat_template_utils import qwen3_chat_template
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
 
 
-# Where the tests of the noise run; the others are for CPUs so far.
+# Where the tests compute: `make test-gpu` sets it, and every model, trainer and tensor of theirs follows.
 DEVICE = os.environ.get("TRL_ALP_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":  # there "bit for bit" would else depend on the order in which threads add
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 CHARACTERS = string.digits + "+-= " + string.ascii_lowercase
 FAMILIES = ("llama", "qwen2", "gpt2")
+
+
+def cpu_only(reason: str):
+    """Marks a test that cannot hold on another device, and says why."""
+    return pytest.mark.skipif(DEVICE != "cpu", reason=reason)
+
+
+def tensor(values, **kwargs) -> torch.Tensor:
+    return torch.tensor(values, device=DEVICE, **kwargs)
+
+
+def random_states() -> list[torch.Tensor]:
+    """Of the global generators."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if DEVICE == "cuda" else [])]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For a process beside this one, of one thread: it finds these modules and all that this process finds."""
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)} | more
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -47,7 +72,7 @@ def model(family: str = "qwen2", layers: int = 2, seed: int = 0, init_std: float
         config = GPT2Config(
             n_layer=layers, n_embd=32, n_head=2, n_positions=64, initializer_range=init_std, **dropout, **ids
         )
-        return GPT2LMHeadModel(config).to(dtype)
+        return GPT2LMHeadModel(config).to(DEVICE, dtype)
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -62,7 +87,7 @@ def model(family: str = "qwen2", layers: int = 2, seed: int = 0, init_std: float
         initializer_range=init_std,
         **ids,
     )
-    return model_class(config).to(dtype)
+    return model_class(config).to(DEVICE, dtype)
 
 
 def chat_model(**overrides):
@@ -96,7 +121,7 @@ def count_digits(completions: list[str], **kwargs) -> list[float]:
 
 
 def config(output_dir, config_class=ALPGRPOConfig, **overrides):
-    """fp32 on the CPU: 2 prompts x 4 completions a micro-batch, one update per rollout."""
+    """fp32: 2 prompts x 4 completions a micro-batch, one update per rollout."""
     settings = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 8,
@@ -107,7 +132,7 @@ def config(output_dir, config_class=ALPGRPOConfig, **overrides):
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": DEVICE == "cpu",
         "bf16": False,
         "gradient_checkpointing": False,
         "disable_tqdm": True,
@@ -152,7 +177,7 @@ def rollout_func(noise: float = 0.3, edit=None):
             logits = trainer.model(out, attention_mask=(out != 0).long()).logits[:, width - 1 : -1].log_softmax(-1)
         trainer.model.train(was_training)
         scores = logits.gather(-1, out[:, width:, None])[..., 0]
-        scores = scores + noise * torch.randn(scores.shape)
+        scores = scores + noise * torch.randn_like(scores)
         completion_ids, logprobs = [], []
         for row, score in zip(out[:, width:].tolist(), scores.tolist(), strict=True):
             length = row.index(1) + 1 if 1 in row else len(row)
@@ -171,7 +196,7 @@ def saved(path, **kwargs):
     policy = model(**kwargs)
     policy.save_pretrained(path)
     tokenizer().save_pretrained(path)
-    return type(policy).from_pretrained(path)
+    return type(policy).from_pretrained(path).to(DEVICE)
 
 
 def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
