@@ -10,7 +10,7 @@ TRITON := triton==3.7.1
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-triton test-compat test-backends test-slow test-vllm lint clean
+.PHONY: quickstart test test-triton test-compat test-backends test-gpu test-slow test-vllm lint clean
 
 quickstart: $(VENV)/.ready  ## Train a small model with ALP-GRPO and draw what happened
 	$(BIN)/python examples/quickstart.py
@@ -23,6 +23,13 @@ test: $(VENV)/.ready  ## The fast tests
 # of its own, so that all else is tested without it. The version is the one that torch 2.13 asks for on CUDA.
 test-triton: $(VENV)/.ready $(VENV)-triton/.ready  ## The Triton kernels, interpreted
 	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)-triton $(BIN)/python -m pytest tests/test_noise.py
+
+# In no environment of its own: it needs a torch that knows the GPU, with transformers, TRL, datasets and peft beside it.
+# With pytest-xdist the tests run in eight processes.
+GPU_TESTS := noise perturbation passes loss trainer guard resume features cost instruments robustness gpu
+test-gpu:  ## The method on a GPU (`make test-gpu PYTHON=...`)
+	TRL_ALP_TEST_DEVICE=cuda PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} OMP_NUM_THREADS=1 $(PYTHON) -m pytest \
+		$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8") -m "slow or not slow" $(GPU_TESTS:%=tests/test_%.py)
 
 test-slow: $(VENV)/.ready  ## The slow ones
 	$(BIN)/python -m pytest -m slow

@@ -8,21 +8,25 @@ What an update costs with ALP, beside stock GRPO, TRL's default correction, Bypa
     torchrun --nproc_per_node 2 benchmarks/update.py --models tiny --lengths 64 128 256
 
 Completions and behaviour log-probs are synthetic, weights are random, one optimiser step follows each batch of
-rollouts. All arms run side by side in one process, alternating; times are medians over steps, with quartiles. *Update*
-is the time of `training_step`: TRL's scoring passes, forward and backward, without sampling. *Step* adds the
-optimiser. *Kept* is what the forward of the loss keeps for its backward. Needs TRL and the sources of this package,
-no network.
+rollouts. All arms run side by side in one process, alternating; times are medians over `n` steps, with quartiles. The
+suite measures each of its points once with every arm, then spends the rest of `--seconds` on the arms that are
+compared, where their medians are least certain. *Update* is the time of `training_step`: TRL's scoring passes, forward
+and backward, without sampling. *Step* adds the optimiser. *Kept* is what the forward of the loss keeps for its
+backward. Needs TRL and the sources of this package, no network.
 """
 
 import argparse
 import contextlib
 import gc
 import json
+import logging
 import os
 import statistics
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,15 +59,17 @@ SIZES = {
 }
 LORA = {"qwen2.5-7b"}  # trained with LoRA
 ARMS = ("stock", "stock, TRL correction", "bypass", "ALP stored", "ALP recomputed", "ALP torch", "ALP Triton")
-# (model, completion length, micro-batch, gradient checkpointing); in the order of importance, until the time is up.
+COMPARED = ("stock, TRL correction", "bypass", "ALP Triton")  # where the suite's spare time goes
+# (model, completion length, micro-batch, accumulation, gradient checkpointing); in the order of importance, until the
+# time is up. GRPO compares two completions of a prompt or more, so a micro-batch of one is accumulated.
 GPU_SUITE = (
-    ("qwen2.5-0.5b", 1024, 8, True),
-    ("qwen2.5-1.5b", 2048, 4, True),
-    ("qwen2.5-0.5b", 1024, 8, False),
-    ("qwen2.5-7b", 4096, 2, True),
-    ("qwen2.5-1.5b", 4096, 2, True),
-    ("qwen2.5-1.5b", 16384, 1, True),
-    ("qwen2.5-1.5b", 1024, 4, False),
+    ("qwen2.5-0.5b", 1024, 8, 1, True),
+    ("qwen2.5-1.5b", 4096, 2, 1, True),
+    ("qwen2.5-7b", 4096, 2, 1, True),
+    ("qwen2.5-1.5b", 2048, 4, 1, True),
+    ("qwen2.5-0.5b", 1024, 8, 1, False),
+    ("qwen2.5-1.5b", 16384, 1, 2, True),
+    ("qwen2.5-1.5b", 1024, 4, 1, False),
 )
 
 
@@ -139,7 +145,7 @@ def build_trainer(arm: str, model, tokenizer, folder: str, point: SimpleNamespac
         "output_dir": folder,
         "per_device_train_batch_size": point.batch,
         "gradient_accumulation_steps": point.accumulation,
-        "num_generations": point.batch,
+        "num_generations": max(2, point.batch),
         "max_completion_length": point.length,
         "gradient_checkpointing": point.checkpointing,
         "max_steps": steps,
@@ -275,34 +281,56 @@ def train(arm: str, model, tokenizer, point: SimpleNamespace, steps: int) -> dic
         }
 
 
-def measure(point: SimpleNamespace, arms: list[str], rounds: int, steps: int) -> list[dict]:
+def measure(point: SimpleNamespace, arms: tuple[str, ...], steps: int, pooled: dict, save: Callable) -> None:
+    """One round: each arm trains anew; what it measured is pooled with the rounds before, and saved."""
     model, tokenizer = build_model(point.model, point.layers, point.hidden), build_tokenizer()
-    pooled = {arm: {} for arm in arms}
-    for _ in range(rounds):
-        for arm in arms:
-            for name, values in run(arm, model, tokenizer, point, steps).items():
-                pooled[arm].setdefault(name, []).extend(values)
-    rows = []
     for arm in arms:
-        row = {"arm": arm, **vars(point)}
-        for name, values in pooled[arm].items():
+        for name, values in run(arm, model, tokenizer, point, steps).items():
+            pooled.setdefault(arm, {}).setdefault(name, []).extend(values)
+        save()
+
+
+def rows_of(point: SimpleNamespace, pooled: dict) -> list[dict]:
+    """Medians and quartiles of each arm, and their ratios to the arms that others are compared with."""
+    rows = {}
+    for arm, measured in pooled.items():
+        rows[arm] = {"arm": arm, **vars(point), "steps": len(measured["update"])}
+        for name, values in measured.items():
             if values:
                 low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-                row |= {name: middle, f"{name}_quartiles": [low, high]}
-        rows.append(row)
-    for row in rows:
+                rows[arm] |= {name: middle, f"{name}_quartiles": [low, high]}
+    for row in rows.values():
         for base in ("bypass", "stock, TRL correction"):
-            if base in arms:
-                of = rows[arms.index(base)]
-                row[f"update / {base}"] = row["update"] / of["update"]
+            if base in rows:
+                row[f"update / {base}"] = row["update"] / rows[base]["update"]
                 for name in ("peak_mb", "kept_mb"):
-                    if of.get(name):
-                        row[f"{name} / {base}"] = row[name] / of[name]
-    return rows
+                    if rows[base].get(name):
+                        row[f"{name} / {base}"] = row[name] / rows[base][name]
+    return list(rows.values())
+
+
+def uncertainty(rows: list[dict]) -> float:
+    """The largest relative uncertainty of a median among the arms that are compared: quartile range over root n."""
+    compared = [row for row in rows if row["arm"] in COMPARED]
+    return max(
+        (row["update_quartiles"][1] - row["update_quartiles"][0]) / row["update"] / row["steps"] ** 0.5
+        for row in compared
+    )
 
 
 def table(rows: list[dict]) -> str:
-    head = ("arm", "update ms", "quartiles", "/ Bypass", "/ TRL corr.", "step ms", "forwards", "kept MB", "peak MB")
+    head = (
+        "arm",
+        "update ms",
+        "quartiles",
+        "/ Bypass",
+        "/ TRL corr.",
+        "step ms",
+        "forwards",
+        "kept MB",
+        "peak MB",
+        "n",
+    )
     lines, last = [], None
     for row in rows:
         point = tuple(
@@ -331,6 +359,7 @@ def table(rows: list[dict]) -> str:
             f"{row['forwards']:g}",
             f"{row['kept_mb']:.1f}",
             f"{row['peak_mb']:.0f}" if "peak_mb" in row else "",
+            f"{row['steps']}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -350,46 +379,65 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed optimiser steps of each arm in each round")
-    parser.add_argument("--seconds", type=float, default=420, help="with --suite: no new point after this time")
+    parser.add_argument("--seconds", type=float, default=420, help="with --suite: no new round after this time")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.batch * args.accumulation < 2:
+        parser.error("--batch 1 needs --accumulation 2 or more: GRPO compares two completions of a prompt or more")
     transformers.logging.set_verbosity_error()
-    arms = args.arms or [arm for arm in ARMS if CUDA or arm != "ALP Triton"]
+    warnings.simplefilter("ignore")
+    logging.getLogger("trl_alp").setLevel(logging.ERROR)  # synthetic log-probs are no healthy run's
+    arms = tuple(args.arms or [arm for arm in ARMS if CUDA or arm != "ALP Triton"])
     if args.suite:
-        points = [
-            SimpleNamespace(
-                model=model, layers=None, hidden=None, length=length, prompt=args.prompt, batch=batch,
-                accumulation=1, checkpointing=checkpointing,
-            )
-            for model, length, batch, checkpointing in GPU_SUITE
-        ]  # fmt: skip
+        shapes = [(model, None, None, *rest) for model, *rest in GPU_SUITE]
     else:
-        points = [
-            SimpleNamespace(
-                model=model, layers=layers, hidden=hidden, length=length, prompt=args.prompt, batch=args.batch,
-                accumulation=args.accumulation, checkpointing=checkpointing == "on",
-            )
+        shapes = [
+            (model, layers, hidden, length, args.batch, args.accumulation, checkpointing == "on")
             for model, layers, hidden, length, checkpointing in product(
                 args.models, args.layers, args.hidden, args.lengths, args.checkpointing
             )
-        ]  # fmt: skip
-    start, rows = time.perf_counter(), []
-    for point in points:
+        ]
+    names = ("model", "layers", "hidden", "length", "batch", "accumulation", "checkpointing")
+    points = [SimpleNamespace(**dict(zip(names, shape, strict=True)), prompt=args.prompt) for shape in shapes]
+    results: list[dict] = [{} for _ in points]
+    main_process = int(os.environ.get("RANK", 0)) == 0
+    environment = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python " + " ".join(["benchmarks/update.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads",
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, trl_alp)},
+    }
+
+    def save() -> None:
+        if args.json and main_process:
+            rows = [row for point, pooled in zip(points, results, strict=True) for row in rows_of(point, pooled)]
+            args.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+
+    def show(index: int) -> None:
+        if main_process:
+            print(table(rows_of(points[index], results[index])), flush=True)
+
+    start = time.perf_counter()
+    for index, point in enumerate(points):
         if args.suite and time.perf_counter() - start > args.seconds:
             print(f"time is up; left out: {point}", file=sys.stderr)
             continue
-        rows += measure(point, arms, args.rounds, args.steps)
-        if args.json and int(os.environ.get("RANK", 0)) == 0:
-            environment = {
-                "date": time.strftime("%Y-%m-%d"),
-                "command": "python " + " ".join(["benchmarks/update.py", *sys.argv[1:]]),
-                "device": torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads",
-                "processes": int(os.environ.get("WORLD_SIZE", 1)),
-                "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, trl_alp)},
-            }
-            args.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(table(rows))
+        for _ in range(1 if args.suite else args.rounds):
+            measure(point, arms, args.steps, results[index], save)
+        show(index)
+    if not args.suite:
+        return
+    again = set()
+    while time.perf_counter() - start < args.seconds:
+        index = max(
+            (i for i, pooled in enumerate(results) if pooled),
+            key=lambda i: uncertainty(rows_of(points[i], results[i])),
+        )
+        measure(points[index], tuple(arm for arm in COMPARED if arm in arms), args.steps, results[index], save)
+        again.add(index)
+    for index in sorted(again):
+        show(index)
 
 
 if __name__ == "__main__":

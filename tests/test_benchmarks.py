@@ -19,6 +19,7 @@ def run(*command, cwd):
         capture_output=True, text=True, cwd=cwd, timeout=300, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "alp/" not in done.stderr  # health warnings of synthetic log-probs
     return done.stdout
 
 

@@ -10,6 +10,7 @@ import torch
 
 
 HERE = Path(__file__).parent
+KILLS = 10 if tiny.DEVICE == "cpu" else 3  # a process takes ten seconds or more to reach a GPU
 
 
 def run(out, *seconds):
@@ -18,14 +19,14 @@ def run(out, *seconds):
 
 
 @pytest.mark.slow
-def test_a_run_killed_ten_times_at_random_points_ends_like_an_uninterrupted_one(tmp_path):
+def test_a_run_killed_many_times_at_random_points_ends_like_an_uninterrupted_one(tmp_path):
     whole = run(tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr[-3000:]
     draw = random.Random(0)
     kills = started = 0
-    while kills < 10:
+    while kills < KILLS:
         started += 1
-        # 12 steps and as many saves take about a second; short lives, so that ten of them do not reach the end.
+        # 12 steps and as many saves take about a second; short lives, so that they do not reach the end.
         done = run(tmp_path / "killed", draw.uniform(0.02, 0.25))
         assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
         if done.returncode == 0:  # it got to its end: begin again, from nothing
