@@ -26,10 +26,10 @@ test-triton: $(VENV)/.ready $(VENV)-triton/.ready  ## The Triton kernels, interp
 
 # In no environment of its own: it needs a torch that knows the GPU, with transformers, TRL, datasets and peft beside it.
 # With pytest-xdist the tests run in eight processes.
-GPU_TESTS := noise perturbation passes loss trainer guard resume features cost instruments robustness gpu
+GPU_TESTS := robustness gpu features trainer noise perturbation passes loss guard resume cost instruments
 test-gpu:  ## The method on a GPU (`make test-gpu PYTHON=...`)
-	TRL_ALP_TEST_DEVICE=cuda PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} OMP_NUM_THREADS=1 $(PYTHON) -m pytest \
-		$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8") -m "slow or not slow" $(GPU_TESTS:%=tests/test_%.py)
+	TRL_ALP_TEST_DEVICE=cuda OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH} \
+	$(PYTHON) -m pytest $$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8 --dist worksteal") -m "slow or not slow" $(GPU_TESTS:%=tests/test_%.py)
 
 test-slow: $(VENV)/.ready  ## The slow ones
 	$(BIN)/python -m pytest -m slow

@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 
@@ -52,14 +53,16 @@ def arms(layers: int) -> dict[str, tuple]:
     for layer in hooked.model.layers:
         layer.register_forward_pre_hook(lambda module, args: None)
     made["empty hook"] = (hooked, None)
-    for backend in ("torch", "triton") if DEVICE == "cuda" else ("torch",):
-        for scale, learned, measured in (("rms", True, False), ("rms", True, True), ("absolute", True, False),
-                                         ("rms", False, False)):  # fmt: skip
-            model = small_model(layers)
-            perturbation = LayerwisePerturbation(model, noise_scale=scale, learnable=learned, noise_backend=backend)
-            perturbation.measuring = measured
-            name = f"{backend}, {scale}, {'learned' if learned else 'fixed'}{', measured' if measured else ''}"
-            made[name] = (model, perturbation.to(DEVICE))
+    settings = [("torch", "rms", True, False)]
+    if DEVICE == "cuda":
+        settings += [("triton", *each) for each in product(("rms", "absolute"), (True, False), [False])]
+    settings += [(settings[-1][0], "rms", True, True)]
+    for backend, scale, learned, measured in settings:
+        model = small_model(layers)
+        perturbation = LayerwisePerturbation(model, noise_scale=scale, learnable=learned, noise_backend=backend)
+        perturbation.measuring = measured
+        name = f"{backend}, {scale}, {'learned' if learned else 'fixed'}{', measured' if measured else ''}"
+        made[name] = (model, perturbation.to(DEVICE))
     return made
 
 

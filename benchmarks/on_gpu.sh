@@ -22,7 +22,7 @@ part() { # name, seconds, command
     local name=$1 limit=$2 start=$SECONDS
     shift 2
     printf '\n==== %s: %s\n' "$name" "$*"
-    timeout "$limit" "$@" 2>&1 | tee "$out/$name.log"
+    timeout --signal INT --kill-after 10 "$limit" "$@" 2>&1 | tee "$out/$name.log"
     local status=${PIPESTATUS[0]}
     [ "$status" = 0 ] || failed="$failed $name($status)"
     echo "==== $name: status $status, $((SECONDS - start)) s"

@@ -332,6 +332,17 @@ def test_the_kernels_noise_is_box_muller_of_philox(marks, bits, seed, width):
     assert found.flatten().tolist() == pytest.approx(expected, abs=2e-4)
 
 
+@pytest.mark.skipif(
+    TRITON is None or DEVICE != "cpu", reason="without Triton; on a GPU every kernel is compiled anyway"
+)
+def test_every_kernel_compiles_for_a_gpu_and_not_for_the_interpreter_alone(tmp_path):
+    environment = tiny.environment(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    command = [sys.executable, str(Path(__file__).parent / "compiled_kernels.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-1] == "36"  # 18 cases, forward and backward
+
+
 def add_noise_in_tiles(hidden, log_sigma, noise_scale, warps):
     levels = NoiseLevels(log_sigma.reshape(1))
     return TRITON.AddNoiseTriton.apply(hidden, levels.token, levels, 0, SEED, noise_scale, 0, warps)

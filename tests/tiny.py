@@ -28,6 +28,9 @@ DEVICE = os.environ.get("TRL_ALP_TEST_DEVICE", "cpu")
 if DEVICE != "cpu":  # there "bit for bit" would else depend on the order in which threads add
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.setdefault(
+        "TORCHINDUCTOR_COMPILE_THREADS", "1"
+    )  # its pool takes longer to start than these models to compile
 CHARACTERS = string.digits + "+-= " + string.ascii_lowercase
 FAMILIES = ("llama", "qwen2", "gpt2")
 

@@ -168,7 +168,6 @@ def _forward_kernel(
         rms = tl.sqrt(tl.sum(squares, axis=1, keep_dims=True) / H)
         tl.store(scale + place.to(tl.int64) * rows + row, rms, mask=row < rows)
         level *= rms
-    measured = MEASURED and program % _MEASURED_EVERY == 0
     squares = tl.zeros((ROWS, COLS), WIDE)
     largest = tl.zeros((ROWS, COLS), WIDE)
     for start in tl.static_range(0, H, COLS):
@@ -180,18 +179,21 @@ def _forward_kernel(
         noise = level * _normal(seed, row, start, H, ROWS, COLS, SHORT, VECTOR).to(WIDE)
         rounded = (h + noise).to(out.dtype.element_ty)
         tl.store(out + row * H + (start + col), rounded, mask=inside)
-        if measured:
-            survived = tl.where(inside, rounded.to(WIDE) - h, 0.0)
-            squares += survived * survived
-            largest = tl.maximum(largest, tl.abs(h))
-    if measured:
-        # All-zero rows are the embedding of the padding token; around 0 every format resolves any noise.
-        real = tl.max(largest, axis=1, keep_dims=True) > 0
-        weight = tl.where(real, 1.0, 0.0) / tl.minimum(rows - program * ROWS, ROWS)
-        realised = tl.sum(squares, axis=1, keep_dims=True) / H
-        pair = power + (position * tl.cdiv(tl.num_programs(0), _MEASURED_EVERY) + program // _MEASURED_EVERY) * 2
-        tl.store(pair, tl.sum(level * level * weight))
-        tl.store(pair + 1, tl.sum(realised * weight))
+        # Nested, since `and` would be computed on the device and what hangs on it compiled, measured or not.
+        if MEASURED:  # noqa: SIM102
+            if program % _MEASURED_EVERY == 0:
+                survived = tl.where(inside, rounded.to(WIDE) - h, 0.0)
+                squares += survived * survived
+                largest = tl.maximum(largest, tl.abs(h))
+    if MEASURED:  # noqa: SIM102
+        if program % _MEASURED_EVERY == 0:
+            # All-zero rows are the embedding of the padding token; around 0 every format resolves any noise.
+            real = tl.max(largest, axis=1, keep_dims=True) > 0
+            weight = tl.where(real, 1.0, 0.0) / tl.minimum(rows - program * ROWS, ROWS)
+            realised = tl.sum(squares, axis=1, keep_dims=True) / H
+            pair = power + (position * tl.cdiv(tl.num_programs(0), _MEASURED_EVERY) + program // _MEASURED_EVERY) * 2
+            tl.store(pair, tl.sum(level * level * weight))
+            tl.store(pair + 1, tl.sum(realised * weight))
 
 
 @triton.jit(do_not_specialize=["position", "place", "seed", "rows"])
