@@ -23,7 +23,7 @@ from trl_alp import ALPGRPOTrainer, LayerwisePerturbation
 from trl_alp.perturbation import noise_seed
 
 
-SOURCE = str(Path(trl_alp.__file__).parent)
+SOURCE, TORCH = str(Path(trl_alp.__file__).parent), str(Path(torch.__file__).parent)
 pytestmark = pytest.mark.skipif(tiny.DEVICE != "cuda", reason="needs a GPU, see `make test-gpu`")
 
 
@@ -105,7 +105,7 @@ def waits():
 
     def show(message, *args, **kwargs):
         frames = [frame for frame in traceback.extract_stack()[:-1] if "/warnings.py" not in frame.filename]
-        caller = next(frame for frame in reversed(frames) if "/torch/" not in frame.filename)
+        caller = next(frame for frame in reversed(frames) if not frame.filename.startswith(TORCH))
         if "synchroniz" in str(message) and caller.filename.startswith(SOURCE):
             found.append(f"{caller.filename}:{caller.lineno} {caller.line}")
 

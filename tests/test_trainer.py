@@ -537,7 +537,7 @@ def test_state_is_in_each_checkpoint_and_survives_rotation(tmp_path):
     trainer.train()
     assert [name for name in os.listdir(tmp_path) if name.startswith("checkpoint")] == ["checkpoint-3"]
     state = torch.load(tmp_path / "checkpoint-3" / "alp_state.pt")
-    assert torch.equal(state["log_sigma"], trainer.perturbation.log_sigma)
+    assert torch.equal(state["log_sigma"], trainer.perturbation.log_sigma.cpu())
     assert state["micro_batches"] == 3
     assert not [name for name in os.listdir(tmp_path / "checkpoint-3") if name.endswith(".tmp")]
 
