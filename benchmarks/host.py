@@ -97,6 +97,25 @@ def kernels(model, perturbation, ids) -> int | None:
     return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
 
 
+def report_of(times: dict[str, list[float]], counts: dict[str, int | None], layers: int) -> dict:
+    """What was measured so far."""
+    base, rows = statistics.median(times["no hook"]), []
+    for name, took in times.items():
+        low, middle, high = (1e6 * (q - base) / layers for q in statistics.quantiles(took, n=4))
+        more = None if counts[name] is None else (counts[name] - counts["no hook"]) / layers
+        rows.append({"arm": name, "us_per_layer": middle, "quartiles": [low, high], "kernels_per_layer": more})
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "source": str(Path(trl_alp.__file__).parent),
+        "layers": layers,
+        "repetitions": len(times["no hook"]),
+        "no_hook_ms": 1e3 * base,
+        "rows": rows,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="folder that holds the `trl_alp` to measure")
@@ -107,40 +126,20 @@ def main() -> None:
 
     ids = torch.arange(128, device=DEVICE).reshape(2, 64)
     models, times = arms(args.layers), {}
-    for repetition in range(3 + args.repetitions):
-        for name, (model, perturbation) in models.items():
-            took = seconds(model, perturbation, ids)
-            if repetition >= 3:
-                times.setdefault(name, []).append(took)
-    base_kernels = kernels(*models["no hook"], ids)
-    base = statistics.median(times["no hook"])
-    rows = []
+    counts = {}
     for name, (model, perturbation) in models.items():
-        low, middle, high = (1e6 * (q - base) / args.layers for q in statistics.quantiles(times[name], n=4))
-        count = kernels(model, perturbation, ids)
-        rows.append(
-            {
-                "arm": name,
-                "us_per_layer": middle,
-                "quartiles": [low, high],
-                "kernels_per_layer": None if count is None else (count - base_kernels) / args.layers,
-            }
-        )
-    hook = next(row["us_per_layer"] for row in rows if row["arm"] == "empty hook")
-    report = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "source": str(Path(trl_alp.__file__).parent),
-        "layers": args.layers,
-        "no_hook_ms": 1e3 * base,
-        "rows": rows,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        seconds(model, perturbation, ids)  # compiles
+        counts[name] = kernels(model, perturbation, ids)
+    for repetition in range(args.repetitions):
+        for name, (model, perturbation) in models.items():
+            times.setdefault(name, []).append(seconds(model, perturbation, ids))
+        if args.json and repetition > 0:
+            args.json.write_text(json.dumps(report_of(times, counts, args.layers), indent=1) + "\n")
+    report = report_of(times, counts, args.layers)
+    hook = next(row["us_per_layer"] for row in report["rows"] if row["arm"] == "empty hook")
     print(f"{report['device']}, torch {report['torch']}; without hooks {report['no_hook_ms']:.1f} ms a pass")
     print(f"{'arm':34} {'us a layer':>10} {'quartiles':>16} {'/ empty hook':>12} {'kernels':>8}")
-    for row in rows:
+    for row in report["rows"]:
         low, high = row["quartiles"]
         print(
             f"{row['arm']:34} {row['us_per_layer']:10.1f} {f'{low:.0f} to {high:.0f}':>16} "

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 import types
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -99,26 +100,6 @@ def main() -> None:
         check(add, args.device)
     bandwidth = copy_bandwidth(args.device, max(args.megabytes))
     rows = []
-    for megabytes in args.megabytes:
-        for dtype in (torch.float32, torch.bfloat16):
-            tokens = max(1, int(megabytes * 2**20) // (dtype.itemsize * args.width))
-            hidden = torch.randn(1, tokens, args.width, device=args.device).to(dtype)
-            for noise_scale in ("absolute", "rms"):
-                for op, add in ops.items():
-                    for direction, bytes_moved, function in cases(hidden, noise_scale, add):
-                        ms = milliseconds(function, args.device)
-                        rows.append(
-                            {
-                                "megabytes": megabytes,
-                                "dtype": str(dtype).removeprefix("torch."),
-                                "scale": noise_scale,
-                                "pass": direction,
-                                "op": op,
-                                "ms": ms,
-                                "floor_ms": 1e3 * bytes_moved / bandwidth,
-                                "gigabytes_per_second": bytes_moved / ms / 1e6,
-                            }
-                        )
     report = {
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
@@ -128,18 +109,35 @@ def main() -> None:
         "copy_gigabytes_per_second": bandwidth / 1e9,
         "rows": rows,
     }
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
     print(*(f"{name}: {value}" for name, value in report.items() if name != "rows"), sep="\n")
     head = (
         f"{'MB':>6} {'dtype':9} {'scale':9} {'pass':9} {'op':9} {'ms':>9} {'floor ms':>9} {'of floor':>9} {'GB/s':>7}"
     )
     print("", head, "-" * len(head), sep="\n")
-    for row in rows:
-        print(
-            f"{row['megabytes']:6g} {row['dtype']:9} {row['scale']:9} {row['pass']:9} {row['op']:9} {row['ms']:9.4f} "
-            f"{row['floor_ms']:9.4f} {row['floor_ms'] / row['ms']:8.0%}  {row['gigabytes_per_second']:7.0f}"
-        )
+    for megabytes, dtype in product(args.megabytes, (torch.float32, torch.bfloat16)):
+        tokens = max(1, int(megabytes * 2**20) // (dtype.itemsize * args.width))
+        hidden = torch.randn(1, tokens, args.width, device=args.device).to(dtype)
+        for noise_scale, (op, add) in product(("absolute", "rms"), ops.items()):
+            for direction, bytes_moved, function in cases(hidden, noise_scale, add):
+                ms = milliseconds(function, args.device)
+                row = {
+                    "megabytes": megabytes,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "scale": noise_scale,
+                    "pass": direction,
+                    "op": op,
+                    "ms": ms,
+                    "floor_ms": 1e3 * bytes_moved / bandwidth,
+                    "gigabytes_per_second": bytes_moved / ms / 1e6,
+                }
+                rows.append(row)
+                print(
+                    f"{megabytes:6g} {row['dtype']:9} {noise_scale:9} {direction:9} {op:9} {ms:9.4f} "
+                    f"{row['floor_ms']:9.4f} {row['floor_ms'] / ms:8.0%}  {row['gigabytes_per_second']:7.0f}",
+                    flush=True,
+                )
+                if args.json:
+                    args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

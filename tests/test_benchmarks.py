@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,24 @@ def test_instruments_benchmark_prints_shares_of_the_step(tmp_path):
     )  # fmt: skip
     assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["forward", "recording", "flushing,"]
     assert printed.count("%") == 2
+
+
+@pytest.mark.slow
+def test_host_benchmark_measures_each_arm_and_writes_what_it_has(tmp_path):
+    printed = run("host.py", "--layers", "2", "--repetitions", "3", "--json", "out.json", cwd=tmp_path)
+    report = json.loads((tmp_path / "out.json").read_text())
+    arms = ["no hook", "empty hook", "torch, rms, learned", "torch, rms, learned, measured"]
+    assert [row["arm"] for row in report["rows"]] == arms and all(arm in printed for arm in arms)
+    assert report["repetitions"] == 3 and report["no_hook_ms"] > 0
+
+
+def test_the_parts_of_the_gpu_script_exist():
+    text = (ROOT / "benchmarks" / "on_gpu.sh").read_text()
+    subprocess.run(["bash", "-n", str(ROOT / "benchmarks" / "on_gpu.sh")], check=True)
+    parts = [line.split()[1:3] for line in text.splitlines() if line.startswith("part ")]
+    assert [name for name, _ in parts] == ["tests", "noise", "host", "update"]
+    for name in re.findall(r"benchmarks/[\w/]+\.py", text):
+        assert (ROOT / name).is_file(), name
+    makefile = (ROOT / "Makefile").read_text()
+    for name in re.search(r"^GPU_TESTS := (.*)$", makefile, re.MULTILINE)[1].split():
+        assert (ROOT / "tests" / f"test_{name}.py").is_file(), name

@@ -365,7 +365,9 @@ def test_compiled_model_meets_the_noise_of_the_eager_one_at_every_seed():
             with perturbation.applied(seed):
                 compiled_logits = compiled(IDS).logits
             with perturbation.applied(seed):
-                assert torch.equal(compiled_logits, model(IDS).logits)
+                eager_logits = model(IDS).logits
+            # On a GPU a compiled model may call another attention kernel.
+            torch.testing.assert_close(compiled_logits, eager_logits, rtol=0, atol=0 if tiny.DEVICE == "cpu" else 1e-3)
 
 
 def test_a_model_with_the_noise_off_still_compiles_to_one_graph():

@@ -10,7 +10,7 @@ import torch
 
 
 HERE = Path(__file__).parent
-KILLS = 10 if tiny.DEVICE == "cpu" else 3  # a process takes ten seconds or more to reach a GPU
+KILLS = 10 if tiny.DEVICE == "cpu" else 2  # a process takes ten seconds or more to reach a GPU
 
 
 def run(out, *seconds):

@@ -112,7 +112,7 @@ def test_state_dict_and_saved_model_are_those_of_the_plain_model(tmp_path):
     trainer.save_model(tmp_path / "saved")
     GRPOTrainer.save_model(trainer, tmp_path / "by_trl")
     assert sorted(os.listdir(tmp_path / "saved")) == sorted(os.listdir(tmp_path / "by_trl"))
-    assert_equal(type(plain).from_pretrained(tmp_path / "saved").state_dict(), plain.state_dict())
+    assert_equal(type(plain).from_pretrained(tmp_path / "saved").to(tiny.DEVICE).state_dict(), plain.state_dict())
 
 
 def test_an_exception_inside_the_perturbed_forward_leaves_the_noise_off(tmp_path):
@@ -199,8 +199,9 @@ def test_bypass_equals_an_independent_computation(tmp_path, level):
     q, mask, advantages = (batch[n] for n in ("sampling_per_token_logps", "completion_mask", "advantages"))
     on_cpu = (each.cpu() for each in (p, q, mask, advantages))
     reference.token_mean(reference.token_losses(*on_cpu, level, 0.5, 3.0, 10.0)).backward()
+    rounding = 1e-5 if tiny.DEVICE == "cpu" else 1e-3  # two orders of summation, and of ratios that multiply up
     for ours, parameter in zip(gradients, trainer.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-5)
+        assert (ours - parameter.grad).norm() < rounding * parameter.grad.norm()
 
 
 @pytest.mark.parametrize("off_policy", [{}, OFF_POLICY, {"gradient_accumulation_steps": 2}])

@@ -130,7 +130,8 @@ class MismatchMeter:
             self._names = list(means)
             self._sums, self._extremes = torch.zeros_like(sums), torch.full_like(extremes, -torch.inf)
             self._counts = torch.zeros((_TOKEN_BINS + 2) * _WIDTH, dtype=wide, device=g.device)
-            self._edges = torch.tensor(PROBABILITY_EDGES[1:-1], device=g.device).log()
+            # Filled on the device: a copy from the host would wait for it.
+            self._edges = torch.stack([g.new_full((), math.log(edge)) for edge in PROBABILITY_EDGES[1:-1]])
         self._sums += sums
         self._extremes = torch.maximum(self._extremes, extremes)
         rows = (torch.bucketize(q, self._edges), _TOKEN_BINS, _TOKEN_BINS + 1)

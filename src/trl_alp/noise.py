@@ -231,7 +231,7 @@ class _AddNoise(torch.autograd.Function):
             product = _standard_normal(grad, ctx.seed).mul_(grad)
             if scale is not None:
                 product.mul_(scale)
-            ctx.levels.sums(ctx.call, 1, product.dtype)[ctx.position] = product.sum()
+            ctx.levels.sums(ctx.call, 1, product.dtype)[ctx.position].copy_(product.sum())
         return (grad, *[None] * 6)
 
 
