@@ -175,6 +175,7 @@ def main() -> None:
         steps_per_generation=updates_per_batch,
         max_steps=options.rollout_batches * updates_per_batch,
         max_completion_length=4,
+        alp_log_layers=True,
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         logging_steps=1,

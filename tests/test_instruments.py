@@ -30,6 +30,10 @@ def lines(output_dir):
     return [json.loads(line) for line in (output_dir / "alp" / "metrics.jsonl").read_text().splitlines()]
 
 
+def envelope_of(output_dir, folder="alp"):
+    return pd.read_json(output_dir / folder / "envelope.jsonl", lines=True)
+
+
 # ---- Files ----
 
 
@@ -37,11 +41,11 @@ def test_a_run_keeps_its_log_and_an_envelope_for_each_logging_step(tmp_path):
     trainer = tiny.trainer(tmp_path, alp_monitor_every=2, logging_steps=2, **OFF_POLICY)
     trainer.train()
     assert lines(tmp_path) == json.loads(json.dumps(trainer.state.log_history))
-    files = sorted(path.name for path in (tmp_path / "alp").glob("*.parquet"))
-    assert files == ["envelope_00000002.parquet", "envelope_00000004.parquet"]
-    envelope = pd.read_parquet(tmp_path / "alp" / files[1])
-    assert list(envelope.columns) == COLUMNS
-    assert set(envelope["policy"]) == {"update", "noise_off"} and set(envelope["step"]) == {4}
+    assert sorted(path.name for path in (tmp_path / "alp").iterdir()) == ["envelope.jsonl", "metrics.jsonl"]
+    envelope = envelope_of(tmp_path)
+    assert list(envelope.columns) == COLUMNS and envelope["step"].unique().tolist() == [2, 4]
+    envelope = envelope[envelope["step"] == 4]
+    assert set(envelope["policy"]) == {"update", "noise_off"}
     update = envelope[envelope["policy"] == "update"]
     last = trainer.state.log_history[1]
     assert update["min"].min() == pytest.approx(last["alp/token/log_ratio/min"], rel=0.02)
@@ -55,14 +59,17 @@ def test_a_resumed_run_goes_on_with_the_log_of_its_checkpoint(tmp_path):
     assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4, 4]
 
 
-def test_a_fresh_run_does_not_mix_with_the_one_before_it(tmp_path):
+PREVIOUS = ("alp.previous-1", "alp.previous-2")
+
+
+def test_a_fresh_run_does_not_mix_with_the_one_before_it(tmp_path, caplog):
     tiny.trainer(tmp_path, max_steps=3).train()
     tiny.trainer(tmp_path, max_steps=1).train()
     assert [row["step"] for row in lines(tmp_path)] == [1, 1]
     tiny.trainer(tmp_path, max_steps=1).train()
-    assert len(list((tmp_path / "alp").glob("*.parquet"))) == 1
-    assert len(list((tmp_path / "alp.previous-1").glob("*.parquet"))) == 3
-    assert len(list((tmp_path / "alp.previous-2").glob("*.parquet"))) == 1
+    steps = {name: len(envelope_of(tmp_path, name)["step"].unique()) for name in ("alp", *PREVIOUS)}
+    assert steps == {"alp": 1, PREVIOUS[0]: 3, PREVIOUS[1]: 1}
+    assert all(f"which is now {tmp_path / name}; delete what is old" in caplog.text for name in PREVIOUS)
 
 
 def test_an_evaluation_outside_a_run_does_not_touch_the_log_of_another(tmp_path):
@@ -78,13 +85,130 @@ def test_unreadable_lines_do_not_stop_a_resume_and_later_envelopes_are_dropped(t
     log.write_text("not json\n[]\n" + log.read_text() + '{"step": 2, "lo')
     tiny.trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert [row["step"] for row in lines(tmp_path)] == [1, 2, 2]
-    assert len(list((tmp_path / "alp").glob("*.parquet"))) == 2
+    assert envelope_of(tmp_path)["step"].unique().tolist() == [1, 2]
+
+
+def test_a_resume_drops_the_later_envelope_files_of_earlier_versions(tmp_path):
+    tiny.trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2).train()
+    for step in (1, 2):
+        (tmp_path / "alp" / f"envelope_{step:08d}.parquet").touch()
+    tiny.trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [path.name for path in (tmp_path / "alp").glob("*.parquet")] == ["envelope_00000001.parquet"]
+
+
+# ---- What goes wrong around a run ----
+
+
+def full_disk(monkeypatch, path):
+    """Writing to files of that name fails half way, as on a full disk."""
+    real_open = open
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.file.close()
+
+        def write(self, text):
+            self.file.write(text[: len(text) // 2])
+            raise OSError(28, "No space left on device")
+
+        def writelines(self, texts):
+            self.write("".join(texts))
+
+    def opened(name, mode="r", *args, **kwargs):
+        file = real_open(name, mode, *args, **kwargs)
+        return Full(file) if path in str(name) and ("a" in mode or "w" in mode) else file
+
+    monkeypatch.setattr("trl_alp.run_files.open", opened, raising=False)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "envelope.jsonl"])
+@pytest.mark.parametrize("watched", ["alp", "stock"])
+def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path, monkeypatch, caplog, watched, name):
+    full_disk(monkeypatch, name)
+    trainer = tiny.trainer(tmp_path, max_steps=3) if watched == "alp" else instrument(stock(tmp_path, max_steps=3))
+    trainer.train()
+    assert trainer.state.global_step == 3 and "alp/kl/k3" in trainer.state.log_history[0]
+    assert caplog.text.count("No space left on device). Training goes on") == 1
+
+
+def test_a_full_disk_does_not_lose_the_log_that_a_resume_cuts_back(tmp_path, monkeypatch, caplog):
+    tiny.trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3).train()
+    before = lines(tmp_path)
+    full_disk(monkeypatch, "metrics.jsonl")
+    trainer = tiny.trainer(tmp_path, max_steps=4)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 4 and "Training goes on" in caplog.text
+    text = (tmp_path / "alp" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in text[: len(before)]] == before
+
+
+def test_a_folder_in_the_place_of_a_file_or_a_file_in_that_of_the_folder_ends_no_run(tmp_path, caplog):
+    (tmp_path / "a" / "alp").parent.mkdir()
+    (tmp_path / "a" / "alp").touch()
+    trainer = tiny.trainer(tmp_path / "a")
+    trainer.train()
+    assert trainer.state.global_step == 2 and caplog.text.count("cannot write to") == 1
+
+
+def test_a_tracker_that_fails_is_one_warning_and_training_goes_on(tmp_path, monkeypatch, caplog):
+    import sys
+    import types
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("planted")
+
+    writer = types.SimpleNamespace(add_text=fail)
+    trackio = types.SimpleNamespace(log=fail, Table=lambda dataframe: dataframe)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=1, Table=fail, log=fail))
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    instruments = Instruments(Accelerator(cpu=tiny.DEVICE == "cpu"), str(tmp_path), ["wandb", "trackio"])
+    instruments.begin(0)
+    for step in (1, 2):
+        assert "alp/kl/k3" in record(instruments, gaps(0.02)).flush(step, writer)
+    for tracker in ("wandb", "trackio", "tensorboard"):
+        assert caplog.text.count(f"could not be shown in {tracker} (RuntimeError('planted'))") == 1
+    assert envelope_of(tmp_path)["step"].unique().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("watched", ["alp", "stock"])
+def test_no_file_is_written_where_none_is_wanted(tmp_path, watched):
+    if watched == "alp":
+        trainer = tiny.trainer(tmp_path, alp_log_files=False)
+    else:
+        trainer = instrument(stock(tmp_path), alp_log_files=False)
+    trainer.train()
+    assert "alp/kl/k3" in trainer.state.log_history[0] and not (tmp_path / "alp").exists()
+
+
+def test_a_log_that_would_begin_in_the_middle_gets_its_beginning(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    stock(tmp_path / "first", max_steps=2, **settings).train()
+    checkpoint = str(tmp_path / "first" / "checkpoint-2")
+    resumed = instrument(stock(tmp_path / "second", max_steps=3, **settings))
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert lines(tmp_path / "second") == json.loads(json.dumps(resumed.state.log_history))
+    assert [row["step"] for row in lines(tmp_path / "second")] == [1, 2, 3, 3]
+
+
+def test_pushing_to_the_hub_is_said_to_take_the_log_along(tmp_path, monkeypatch, caplog):
+    for log_files in (True, False):
+        caplog.clear()
+        trainer = stock(tmp_path)
+        trainer.args.push_to_hub = True
+        instrument(trainer, alp_log_files=log_files)
+        assert ("push_to_hub=True uploads `output_dir/alp/`" in caplog.text) == log_files
 
 
 def test_the_log_may_hold_tensors_and_numbers_of_numpy(tmp_path):
     import numpy as np
 
-    instruments = instruments_at(tmp_path)
+    instruments = instruments_at(tmp_path, log_files=True)
     instruments.append({"step": 1, "a": torch.tensor(1.5), "b": np.float32(2.5), "c": torch.zeros(2)})
     assert lines(tmp_path) == [{"step": 1, "a": 1.5, "b": 2.5, "c": "tensor([0., 0.])"}]
 
@@ -104,7 +228,7 @@ def test_a_window_without_any_token_is_no_error(tmp_path, monkeypatch, watched):
     trainer = tiny.trainer(tmp_path, **settings) if watched == "alp" else instrument(stock(tmp_path, **settings))
     trainer.train()
     assert trainer.state.global_step == 2
-    assert list(pd.read_parquet(tmp_path / "alp" / "envelope_00000001.parquet").columns) == COLUMNS
+    assert envelope_of(tmp_path)["step"].unique().tolist() == [1] and len(lines(tmp_path)) == 3
 
 
 # ---- Where it is shown ----
@@ -117,7 +241,8 @@ def test_the_envelope_reaches_wandb_as_a_table(tmp_path, monkeypatch):
     tiny.trainer(tmp_path, report_to="wandb", alp_monitor_every=1).train()
     shown = dict(wandb.run.summary["alp/envelope"])
     wandb.finish()
-    rows = len(pd.read_parquet(tmp_path / "alp" / "envelope_00000002.parquet"))
+    envelope = envelope_of(tmp_path)
+    rows = (envelope["step"] == 2).sum()
     assert (shown["_type"], shown["ncols"], shown["nrows"]) == ("table-file", len(COLUMNS), rows)
 
 
@@ -300,7 +425,8 @@ def test_a_loss_that_does_not_score_is_warned_about_and_trains(tmp_path, monkeyp
 
 
 def instruments_at(folder, **kwargs):
-    instruments = Instruments(Accelerator(cpu=tiny.DEVICE == "cpu"), str(folder), [], **kwargs)
+    settings = {"log_files": False} | kwargs
+    instruments = Instruments(Accelerator(cpu=tiny.DEVICE == "cpu"), str(folder), [], **settings)
     instruments.begin(0)
     return instruments
 
@@ -391,6 +517,34 @@ def test_noise_is_not_taken_for_a_fault_of_the_engine(tmp_path, caplog):
     caplog.clear()
     record(instruments_at(tmp_path, perturbed=True, monitored=True), gaps(0.1, mean=-0.2)).flush(1)
     assert "kl/k1" in caplog.text and "alp_monitor_every" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("noise", "said"),
+    [(0.001, "too small to act: raise"), (0.02, "of the size"), (0.3, "larger than what it is to cover")],
+)
+def test_the_size_of_the_noise_beside_the_mismatch_is_said_once(tmp_path, caplog, noise, said):
+    instruments = instruments_at(tmp_path, perturbed=True, monitored=True)
+    for step in (1, 2):
+        gap, plain = gaps(0.03), gaps(0.02)
+        delta = gaps(noise)
+        means = {"noise/kl/k3": (delta.expm1() - delta, torch.ones_like(delta))}
+        q = torch.full_like(gap, -1.0)
+        instruments.record("update", q + gap, q, torch.ones_like(gap), 0, means)
+        instruments.record("noise_off", q + plain, q, torch.ones_like(gap), 0)
+        instruments.flush(step)
+    assert caplog.text.count("times as much as the engine is off") == 1 and said in caplog.text
+
+
+def test_few_tokens_and_a_policy_without_an_engine_say_nothing_of_the_noise(tmp_path, caplog):
+    for rows, engine in ((4, True), (64, False)):
+        instruments = instruments_at(tmp_path, perturbed=True, monitored=True)
+        gap = gaps(0.02, rows=rows)
+        q, ones = torch.full_like(gap, -1.0), torch.ones_like(gap)
+        for policy in ("update", "noise_off"):
+            instruments.record(policy, q + gap, q, ones, 0, {"noise/kl/k3": (gap.square(), ones)}, engine)
+        instruments.flush(1)
+    assert "the engine is off" not in caplog.text
 
 
 def test_an_infinite_log_prob_is_left_out_of_the_fresh_metrics_too(tmp_path):

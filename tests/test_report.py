@@ -64,7 +64,8 @@ def fabricate(path, rows, envelope=(), end="\n", name="alp/metrics.jsonl"):
             for policy in ("update", "noise_off", "old")
             for low, high in pairwise(edges)
         ]
-        pd.DataFrame(bins).to_parquet(path / "alp" / f"envelope_{step:08d}.parquet")
+        with open(path / "alp" / "envelope.jsonl", "a") as file:
+            file.writelines(json.dumps(one) + "\n" for one in bins)
     return path
 
 
@@ -215,9 +216,21 @@ def test_a_half_written_last_line_is_noted_and_the_rest_is_read(tmp_path):
     assert "1 line(s) of alp/metrics.jsonl are not JSON" in text and "<td>30</td>" in text
 
 
-def test_empty_and_broken_envelope_files_are_noted(tmp_path):
+def test_a_half_written_line_of_the_envelope_is_noted_and_the_rest_is_drawn(tmp_path):
     run = fabricate(tmp_path / "run", only(log(), "reward"), envelope=(1, 60))
-    full = pd.read_parquet(run / "alp" / "envelope_00000001.parquet")
+    with open(run / "alp" / "envelope.jsonl", "a") as file:
+        file.write('{"step": 61, "pol')
+    page = report([run])
+    assert "1 line(s) of alp/envelope.jsonl are not JSON" in page.read_text() and "probability" in drawn(page)
+
+
+def test_envelope_files_of_earlier_versions_are_drawn_and_broken_ones_noted(tmp_path):
+    run = fabricate(tmp_path / "run", only(log(), "reward"), envelope=(1, 60))
+    lines = run / "alp" / "envelope.jsonl"
+    full = pd.read_json(lines, lines=True)
+    lines.unlink()
+    for step, table in full.groupby("step"):
+        table.to_parquet(run / "alp" / f"envelope_{step:08d}.parquet", index=False)
     full.head(0).to_parquet(run / "alp" / "envelope_00000002.parquet")
     (run / "alp" / "envelope_00000003.parquet").touch()
     (run / "alp" / "envelope_00000004.parquet").write_bytes(b"PAR1 half")

@@ -457,7 +457,7 @@ def test_fixed_sigma_stays_fixed(tmp_path):
 
 
 def test_only_the_chosen_layers_are_perturbed(tmp_path):
-    trainer = tiny.trainer(tmp_path, policy=tiny.model(layers=4), alp_layers="last:2")
+    trainer = tiny.trainer(tmp_path, policy=tiny.model(layers=4), alp_layers="last:2", alp_log_layers=True)
     trainer.train()
     assert trainer.perturbation.layer_indices == [2, 3]
     logged = [name for name in trainer.state.log_history[0] if name.startswith("alp/sigma/layer_")]
@@ -855,19 +855,21 @@ MONITORED += ["fresh/kl/k1", "fresh/kl/k3", "fresh/token/mult_prob_error"]
 METRICS = [f"alp/{name}" for name in MONITORED] + ["alp/staleness", "alp/sigma/grad_norm", "alp/noise_off/entropy"]
 METRICS += [f"alp/{n}/{s}" for n in ("sigma", "noise/effective") for s in ("mean", "min", "max")]
 METRICS += ["alp/noise/kl/k3"]
-METRICS += [f"alp/sigma/{name}layer_0{layer}" for name in ("", "grad/") for layer in (0, 1)]
+BY_LAYER = {f"alp/sigma/{name}layer_0{layer}" for name in ("", "grad/") for layer in (0, 1)}
 PER_ROLLOUT = ["alp/unscored_rewards"]
 
 
 def test_metrics_are_logged_and_redefine_none_of_trls(tmp_path):
     stock = tiny.trainer(tmp_path, GRPOTrainer)
     stock.train()
-    trainer = tiny.trainer(tmp_path, alp_monitor_every=1)
-    trainer.train()
-    row = trainer.state.log_history[0]
-    ours = set(METRICS + PER_ROLLOUT) | {f"alp/noise_off/{name}" for name in MONITORED}
-    assert ours == {name for name in row if name.startswith("alp/")}
-    assert set(row) - ours == set(stock.state.log_history[0])
+    for by_layer in (False, True):
+        trainer = tiny.trainer(tmp_path, alp_monitor_every=1, alp_log_layers=by_layer)
+        trainer.train()
+        row = trainer.state.log_history[0]
+        ours = set(METRICS + PER_ROLLOUT) | {f"alp/noise_off/{name}" for name in MONITORED}
+        ours |= BY_LAYER if by_layer else set()
+        assert ours == {name for name in row if name.startswith("alp/")}
+        assert set(row) - ours == set(stock.state.log_history[0])
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -929,7 +931,8 @@ def test_under_trls_sequence_level_the_ratio_is_its_geometric_mean(tmp_path):
 def test_a_logging_window_is_measured_as_a_whole(tmp_path):
     rows = {}
     for window in (1, 4):
-        trainer = tiny.trainer(tmp_path, max_steps=4, logging_steps=window, steps_per_generation=2, alp_sigma_lr=0.1)
+        settings = {"logging_steps": window, "steps_per_generation": 2, "alp_sigma_lr": 0.1, "alp_log_layers": True}
+        trainer = tiny.trainer(tmp_path, max_steps=4, **settings)
         trainer.train()
         rows[window] = trainer.state.log_history[:-1]
     (whole,) = rows[4]

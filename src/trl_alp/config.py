@@ -80,6 +80,11 @@ class ALPGRPOConfig(GRPOConfig):
             more without gradient and without noise, and log the noise-off ratio under `alp/noise_off/` and the size of
             the noise as `alp/noise/kl/k3`, so that noise and training-inference mismatch can be told apart. Costs one
             forward of that micro-batch each time. `0` turns it off, and with it the warnings about the engine.
+        alp_log_layers (`bool`, *optional*, defaults to `False`):
+            Whether to log sigma and its gradient of every perturbed layer, two columns each, beside their mean and
+            range.
+        alp_log_files (`bool`, *optional*, defaults to `True`):
+            Whether to write the log and the envelope of the mismatch to `output_dir/alp/`, for `trl-alp-report`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -191,9 +196,17 @@ class ALPGRPOConfig(GRPOConfig):
         },
     )
 
+    alp_log_layers: bool = field(
+        default=False, metadata={"help": "Whether to log sigma and its gradient of every perturbed layer."}
+    )
+    alp_log_files: bool = field(
+        default=True,
+        metadata={"help": "Whether to write the log and the envelope of the mismatch to `output_dir/alp/`."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("alp_enabled", "alp_learn_sigma"):
+        for name in ("alp_enabled", "alp_learn_sigma", "alp_log_layers", "alp_log_files"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         check_sigma(self.alp_sigma_init, self.alp_sigma_min, self.alp_sigma_max, prefix="alp_")

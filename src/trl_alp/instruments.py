@@ -1,28 +1,26 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
-"""What a trainer shows of its training-inference mismatch: metrics, envelope, files and health warnings.
+"""What a trainer shows of its training-inference mismatch: metrics, envelope and health warnings.
 
-This module measures and writes; what is measured and when is decided in `watching.py`.
+This module measures and shows; what is measured and when is decided in `watching.py`, what is written in
+`run_files.py`.
 """
 
-import itertools
-import json
 import math
-import os
-import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from .mismatch import Mismatch, MismatchMeter, bucket_edges, clamped_gap
+from .run_files import ENVELOPE, LOG, RunFiles
 
 
 logger = get_logger(__name__)  # speaks on the main process only
 
-FOLDER = "alp"  # in the trainer's output_dir
 # Metric prefix of each policy that is measured against the behaviour policy.
 PREFIXES = {
     "update": "alp",  # the one whose ratio is in the loss
@@ -60,6 +58,8 @@ UPDATE_HEALTH = (
 )
 # Of fewer tokens a mean says too little: with gaps of 0.05 nats, the standard error of k1 over 500 is 0.002.
 _FEWEST_TOKENS = 500
+# Noise and mismatch within this factor, in k3, are said to be of one size: a factor of 3 in sigma.
+_OF_A_SIZE = 10
 _COLUMNS = ("step", "policy", "probability_low", "probability_high", "tokens")
 _COLUMNS += ("p02", "p25", "p50", "p75", "p98", "min", "max")
 
@@ -69,8 +69,8 @@ class Instruments:
     Measures a trainer's policies against the behaviour policy, and keeps and shows the result.
 
     At each logging step, in `output_dir/alp/`: `metrics.jsonl`, the log so far, one entry a line, there also when a
-    run breaks off before its first checkpoint; and `envelope_STEP.parquet`, percentiles of the token log ratio by bin
-    of behaviour-policy token probability (the paper's Figure 2). The envelope goes to wandb and trackio as a table,
+    run breaks off before its first checkpoint; and `envelope.jsonl`, percentiles of the token log ratio by bin of
+    behaviour-policy token probability (the paper's Figure 2). The envelope goes to wandb and trackio as a table,
     and to tensorboard as text, with a histogram of the log ratio.
 
     Args:
@@ -89,6 +89,8 @@ class Instruments:
             Whether the noise-off policy is measured from time to time.
         neftune (`bool`, *optional*, defaults to `False`):
             Whether NEFTune's noise is on, which makes a policy disagree with itself as dropout does.
+        log_files (`bool`, *optional*, defaults to `True`):
+            Whether to write the files. What cannot be written or shown is warned of once and ends no run.
     """
 
     def __init__(
@@ -100,39 +102,28 @@ class Instruments:
         perturbed: bool = False,
         monitored: bool = False,
         neftune: bool = False,
+        log_files: bool = True,
     ) -> None:
         self.accelerator = accelerator
-        self.folder = os.path.join(output_dir, FOLDER)
+        self.files = RunFiles(output_dir, log_files)
         self.report_to = report_to
         self.level = level
         self.perturbed, self.monitored, self.neftune = perturbed, monitored, neftune
         self.meters = {policy: MismatchMeter(level) for policy in PREFIXES}
         self._staleness = [0, 0]  # sum and number over the micro-batches of the update
         self._engine = True  # whether an engine reported the behaviour log-probs
-        self._begun = False
+        self._failed: set[str] = set()
+        self._compared = False
         self._warned: set[_Bound] = set()
 
-    def begin(self, step: int) -> None:
-        """Start measuring at a step: 0, or that of the checkpoint a run is resumed from."""
+    def begin(self, step: int, history: Iterable[dict[str, Any]] = ()) -> None:
+        """Start measuring at a step: 0, or that of the checkpoint a run is resumed from, whose log so far is
+        `history`."""
         for meter in self.meters.values():  # an interrupted run may have left something
             meter.reset()
-        self._staleness, self._begun = [0, 0], True
-        if not (self.accelerator.is_main_process and os.path.isdir(self.folder)):
-            return
-        if step == 0:  # another run's
-            numbers = (n for n in itertools.count(1) if not os.path.exists(f"{self.folder}.previous-{n}"))
-            os.rename(self.folder, f"{self.folder}.previous-{next(numbers)}")
-            return
-        # What is done again is logged again.
-        for name in os.listdir(self.folder):
-            if (match := re.fullmatch(r"envelope_(\d+)\.parquet", name)) and int(match[1]) > step:
-                os.remove(os.path.join(self.folder, name))
-        log = os.path.join(self.folder, "metrics.jsonl")
-        if os.path.isfile(log):
-            with open(log) as file:
-                lines = [line for line in file if _step_of(line) <= step]
-            with open(log, "w") as file:
-                file.writelines(lines)
+        self._staleness = [0, 0]
+        if self.accelerator.is_main_process:
+            self.files.begin(step, history)
 
     def record(
         self,
@@ -189,42 +180,56 @@ class Instruments:
             metrics["alp/staleness"] = total / micro_batches
         self._staleness = [0, 0]
         self._check_health(measured, stale=total > 0)
+        self._compare_noise(measured)
         if measured and self.accelerator.is_main_process:
             self._show(measured, step, tensorboard)
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add an entry of the trainer's log to `metrics.jsonl`; to be called on the main process."""
-        if not self._begun:  # an evaluation before or after the run; the log beside it may be another's
-            return
-        os.makedirs(self.folder, exist_ok=True)
-        with open(os.path.join(self.folder, "metrics.jsonl"), "a") as file:
-            file.write(json.dumps({name: _plain(value) for name, value in entry.items()}, allow_nan=False) + "\n")
+        self.files.append(LOG, [entry])
 
     def _show(self, measured: dict[str, Mismatch], step: int, tensorboard: Any) -> None:
-        rows = [
-            {"step": step, "policy": policy, **row}
+        # Percentiles are exact to 1 %.
+        envelope = [
+            {"step": step, "policy": policy}
+            | {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
             for policy, mismatch in measured.items()
             for row in mismatch.envelope
         ]
-        envelope = pd.DataFrame(rows, columns=_COLUMNS)
-        os.makedirs(self.folder, exist_ok=True)
-        envelope.to_parquet(os.path.join(self.folder, f"envelope_{step:08d}.parquet"), index=False)
+        self.files.append(ENVELOPE, envelope)
         if "wandb" in self.report_to:
-            import wandb
+            with self._survived("wandb"):
+                import wandb
 
-            if wandb.run is not None:
-                wandb.log({"alp/envelope": wandb.Table(dataframe=envelope)}, commit=False)
+                if wandb.run is not None:
+                    table = wandb.Table(columns=list(_COLUMNS), data=[[row[c] for c in _COLUMNS] for row in envelope])
+                    wandb.log({"alp/envelope": table}, commit=False)
         if "trackio" in self.report_to:
-            import trackio
+            with self._survived("trackio"):
+                import pandas as pd
+                import trackio
 
-            trackio.log({"alp/envelope": trackio.Table(dataframe=envelope)})
+                trackio.log({"alp/envelope": trackio.Table(dataframe=pd.DataFrame(envelope, columns=_COLUMNS))})
         if tensorboard is not None:
-            for policy, mismatch in measured.items():
-                shown = envelope[envelope["policy"] == policy].drop(columns=["step", "policy"])
-                text = "\n".join("    " + line for line in shown.to_string(index=False).splitlines())
-                tensorboard.add_text(f"{PREFIXES[policy]}/envelope", text, step)
-                _add_histogram(tensorboard, f"{PREFIXES[policy]}/token/log_ratio", mismatch.histogram, step)
+            with self._survived("tensorboard"):
+                for policy, mismatch in measured.items():
+                    rows = [
+                        _COLUMNS[2:],
+                        *([row[c] for c in _COLUMNS[2:]] for row in envelope if row["policy"] == policy),
+                    ]
+                    text = "\n".join("    " + " ".join(f"{cell!s:>16}" for cell in row) for row in rows)
+                    tensorboard.add_text(f"{PREFIXES[policy]}/envelope", text, step)
+                    _add_histogram(tensorboard, f"{PREFIXES[policy]}/token/log_ratio", mismatch.histogram, step)
+
+    @contextmanager
+    def _survived(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a tracker raises: a picture is no reason to end a run
+            if where not in self._failed:
+                logger.warning(f"The envelope could not be shown in {where} ({error!r}). Training goes on without it.")
+            self._failed.add(where)
 
     def _check_health(self, measured: dict[str, Mismatch], stale: bool) -> None:
         # The engine is seen best in the policy that has neither noise nor updates in it.
@@ -242,6 +247,30 @@ class Instruments:
         if update:
             noise = _NOISE_ADVICE if self.perturbed and not self.monitored else ""
             logger.warning("; ".join(update) + ". " + noise + (_STALE_ADVICE if stale else _FRESH_ADVICE))
+
+    def _compare_noise(self, measured: dict[str, Mismatch]) -> None:
+        """Say once how large the noise is beside the mismatch that it is to cover."""
+        if not {"update", "noise_off"} <= measured.keys() or self._compared or not self._engine:
+            return
+        found = [measured[policy] for policy in ("update", "noise_off")]
+        names = ("noise/kl/k3", "fresh/kl/k3")
+        noise, mismatch = (each.metrics.get(name, math.nan) for each, name in zip(found, names, strict=True))
+        if min(each.weights.get(name, 0) for each, name in zip(found, names, strict=True)) < _FEWEST_TOKENS:
+            return
+        if not (noise >= 0 and mismatch > 0):  # NaN, or an engine that agrees to the last bit
+            return
+        self._compared = True
+        size = (
+            f"alp/noise/kl/k3={noise:.2g} beside alp/noise_off/fresh/kl/k3={mismatch:.2g}: the noise moves the "
+            f"log-probs {noise / mismatch:.2g} times as much as the engine is off. "
+        )
+        if noise < mismatch / _OF_A_SIZE:
+            logger.warning(size + "It is too small to act: raise `alp_sigma_init` (k3 goes with its square).")
+        elif noise > mismatch * _OF_A_SIZE:
+            advice = "It is larger than what it is to cover: lower `alp_sigma_init` (k3 goes with its square)."
+            logger.warning(size + advice)
+        else:
+            logger.info(size + "It is of the size of what it is to cover.")
 
     def _crossed(self, policy: str, mismatch: Mismatch, bounds: tuple[_Bound, ...]) -> list[str]:
         """Say of each bound that is crossed for the first time how far."""
@@ -284,28 +313,6 @@ _FRESH_ADVICE = (
     "(`alp/staleness` is 0): with ALP's noise on, look at `alp/noise/kl/k3` and lower `alp_sigma_init`; else look at "
     "the inference engine: run `trl-alp-doctor`."
 )
-
-
-def _step_of(line: str) -> float:
-    """Step of a line of the log; infinite where it cannot be read, as the last one of a run that was killed."""
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, LookupError, TypeError):
-        return math.inf
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: the log may hold tensors and numpy's numbers; those that are not finite, which JSON lacks, become the
-    strings NaN, Infinity and -Infinity."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return str(value)
-    if math.isfinite(number):
-        return number
-    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
 
 
 def _add_histogram(writer: Any, name: str, histogram: torch.Tensor, step: int) -> None:

@@ -177,15 +177,7 @@ def _rows(path: Path) -> tuple[list[dict], str, list[str]]:
     notes = []
     metrics = path / "alp" / "metrics.jsonl"
     if metrics.is_file():
-        rows, broken = [], 0
-        for line in filter(str.strip, metrics.read_text(encoding="utf-8", errors="replace").split("\n")):
-            try:
-                row = json.loads(line)
-                rows.append(row) if isinstance(row, dict) else None
-            except ValueError:
-                broken += 1
-        if broken:
-            notes.append(f"{broken} line(s) of alp/metrics.jsonl are not JSON (half written?) and are left out")
+        rows = _json_lines(metrics, notes)
         if rows:
             return rows, "alp/metrics.jsonl", notes
     states = sorted(
@@ -215,6 +207,19 @@ def _rows(path: Path) -> tuple[list[dict], str, list[str]]:
     )
 
 
+def _json_lines(file: Path, notes: list[str]) -> list[dict]:
+    rows, broken = [], 0
+    for line in filter(str.strip, file.read_text(encoding="utf-8", errors="replace").split("\n")):
+        try:
+            row = json.loads(line)
+            rows.append(row) if isinstance(row, dict) else None
+        except ValueError:
+            broken += 1
+    if broken:
+        notes.append(f"{broken} line(s) of alp/{file.name} are not JSON (half written?) and are left out")
+    return rows
+
+
 def _tensorboard_rows(events: list[Path]) -> list[dict]:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -235,18 +240,18 @@ def _tensorboard_rows(events: list[Path]) -> list[dict]:
 
 
 def _read_envelope(path: Path, notes: list[str]) -> pd.DataFrame:
-    tables, unreadable = [], 0
-    for file in sorted((path / "alp").glob("envelope_*.parquet")):
+    lines = path / "alp" / "envelope.jsonl"
+    tables, unreadable = [pd.DataFrame(_json_lines(lines, notes) if lines.is_file() else [])], 0
+    for file in sorted((path / "alp").glob("envelope_*.parquet")):  # of earlier versions, one for each logging step
         try:
-            tables.append(pyarrow.parquet.ParquetFile(file).read())
+            tables.append(pyarrow.parquet.ParquetFile(file).read().to_pandas())
         except (OSError, pyarrow.ArrowException):
             unreadable += 1
     if unreadable:
         notes.append(f"{unreadable} envelope file(s) cannot be read and are left out")
+    tables = [table for table in tables if len(table)] or tables[:1]
     needed = ["step", "policy", "probability_low", "probability_high", "tokens", "p02", "p25", "p50", "p75", "p98"]
-    if not tables:
-        return pd.DataFrame(columns=needed)
-    return pyarrow.concat_tables(tables, promote_options="default").to_pandas().reindex(columns=needed)
+    return pd.concat(tables, ignore_index=True).reindex(columns=needed)
 
 
 # ---- Numbers ----

@@ -90,11 +90,14 @@ class SigmaOptimizer(TrainerCallback):
             self.perturbation.bound_()
         self.adam.zero_grad()
 
-    def metrics(self) -> dict[str, float]:
-        """Means of the finite gradients since the last call: each layer's, before clipping, and their norm."""
+    def metrics(self, by_layer: bool = True) -> dict[str, float]:
+        """Means of the finite gradients since the last call: their norm, and each layer's, before clipping."""
         if self._steps == 0:
             return {}
-        *by_layer, norm = (value / self._steps for value in self._sums)
+        *gradients, norm = (value / self._steps for value in self._sums)
         self._sums, self._steps = [], 0
-        names = [f"alp/sigma/grad/layer_{index:02d}" for index in self.perturbation.layer_indices]
-        return {"alp/sigma/grad_norm": norm, **dict(zip(names, by_layer, strict=True))}
+        metrics = {"alp/sigma/grad_norm": norm}
+        if by_layer:
+            names = [f"alp/sigma/grad/layer_{index:02d}" for index in self.perturbation.layer_indices]
+            metrics |= zip(names, gradients, strict=True)
+        return metrics

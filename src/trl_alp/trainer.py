@@ -126,8 +126,9 @@ class ALPGRPOTrainer(GRPOTrainer):
             )
             self.add_callback(self.sigma_optimizer)
         attach_instruments(
-            self, args.alp_ratio_level, perturbed=args.alp_enabled, monitored=args.alp_monitor_every > 0
-        )
+            self, args.alp_ratio_level, perturbed=args.alp_enabled, monitored=args.alp_monitor_every > 0,
+            log_files=args.alp_log_files,
+        )  # fmt: skip
         self.watcher = ALPWatcher(self)
         self.add_callback(self.watcher)
 

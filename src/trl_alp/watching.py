@@ -172,7 +172,7 @@ class Watcher(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._pending, self._rewards = {}, [0, 0]
-        self.trainer.instruments.begin(state.global_step)
+        self.trainer.instruments.begin(state.global_step, state.log_history)
 
     def watch_logging(self, maybe_log: Callable, *args, **kwargs):
         state = self.trainer.state
@@ -316,7 +316,7 @@ class ALPWatcher(Watcher):
     def flush(self) -> None:
         super().flush()
         if self.trainer.sigma_optimizer is not None:
-            self._pending |= self.trainer.sigma_optimizer.metrics()
+            self._pending |= self.trainer.sigma_optimizer.metrics(by_layer=self.trainer.args.alp_log_layers)
         self._warn_of_clipped_mismatch(self._pending.get("alp/clip/fresh", 0.0))
         if not self._effective.is_empty:
             self._pending |= self._noise_metrics()
@@ -331,8 +331,9 @@ class ALPWatcher(Watcher):
             metrics[f"alp/{name}/mean"] = (sums.sum() / counts.sum()).item()
             metrics[f"alp/{name}/min"] = lowest.min().item()
             metrics[f"alp/{name}/max"] = highest.max().item()
-        for index, value in zip(layers, (sigma[0] / sigma[1]).tolist(), strict=True):
-            metrics[f"alp/sigma/layer_{index:02d}"] = value
+        if self.trainer.args.alp_log_layers:
+            for index, value in zip(layers, (sigma[0] / sigma[1]).tolist(), strict=True):
+                metrics[f"alp/sigma/layer_{index:02d}"] = value
         worst = effective[2]  # (L,)
         lost = (worst < _LOST_NOISE).nonzero().flatten().tolist()
         if lost:
@@ -400,6 +401,11 @@ def attach_instruments(trainer: GRPOTrainer, level: str, **kwargs) -> None:
             "plugin.mixed_precision_policy, output_dtype=torch.float32)` for `plugin = "
             "trainer.accelerator.state.fsdp_plugin`."
         )
+    if trainer.args.push_to_hub and kwargs.get("log_files", True):
+        logger.warning(
+            "push_to_hub=True uploads `output_dir/alp/`, the log and the envelope of the run, with the model; "
+            "`alp_log_files=False` writes none."
+        )
     # TRL's own sequence level makes the geometric mean of the token ratios.
     level = "sequence_geometric" if trainer.importance_sampling_level == "sequence" else level
     neftune = bool(trainer.args.neftune_noise_alpha)
@@ -408,7 +414,7 @@ def attach_instruments(trainer: GRPOTrainer, level: str, **kwargs) -> None:
     )
 
 
-def instrument(trainer: GRPOTrainer) -> GRPOTrainer:
+def instrument(trainer: GRPOTrainer, alp_log_files: bool = True) -> GRPOTrainer:
     """
     Give a stock [`~trl.GRPOTrainer`] the instruments of [`ALPGRPOTrainer`]: no noise, and no change to what it trains.
 
@@ -420,6 +426,8 @@ def instrument(trainer: GRPOTrainer) -> GRPOTrainer:
     Args:
         trainer ([`~trl.GRPOTrainer`]):
             The trainer, before `train()`. An [`ALPGRPOTrainer`] has the instruments already, and is left as it is.
+        alp_log_files (`bool`, *optional*, defaults to `True`):
+            Whether to write the log and the envelope to `output_dir/alp/`.
 
     Returns:
         [`~trl.GRPOTrainer`]: The same trainer.
@@ -441,6 +449,6 @@ def instrument(trainer: GRPOTrainer) -> GRPOTrainer:
         )
     if isinstance(getattr(trainer, "instruments", None), Instruments):
         return trainer
-    attach_instruments(trainer, "token")
+    attach_instruments(trainer, "token", log_files=alp_log_files)
     trainer.add_callback(Watcher(trainer))
     return trainer
