@@ -226,7 +226,79 @@ def left_padding_without_a_mask():
     return run(tiny.model(), copy_engine(tiny.model()), score=score)
 
 
+def never_samples_a_token_of_two_per_cent():
+    """As a `bad_words` of the engine's, which its log-probs of fixed tokens know nothing of."""
+    plain, masked = copy_engine(tiny.model()), copy_engine(tiny.model())
+    logits = masked.model(torch.tensor([[3, 4, 5, 6, 7, 8]])).logits.softmax(-1).mean((0, 1))
+    token = int((logits - 0.02).abs().argmin())
+
+    def mask(module, args, output):
+        output.logits[..., token] = -1e4
+        return output
+
+    masked.model.register_forward_hook(mask)
+    return run(tiny.model(), Faulty(plain, sample=masked.sample))
+
+
+def with_reported(edit):
+    engine = copy_engine(tiny.model())
+
+    def sample(prompts, asked, seed):
+        samples = engine.sample(prompts, asked, seed)
+        return samples._replace(logprobs=[edit(row) for row in samples.logprobs])
+
+    return Faulty(engine, sample=sample)
+
+
+def log_probs_too_high_by_a_constant():
+    return run(tiny.model(), with_reported(lambda row: [value + 0.03 for value in row]))
+
+
+def log_probs_too_high_by_less_than_any_bound():
+    return run(tiny.model(), with_reported(lambda row: [value + 0.005 for value in row]))
+
+
+def weights_off_by_a_per_cent_and_no_score():
+    model = tiny.model()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data *= 1 + 0.01 * torch.randn(parameter.shape, generator=generator)
+    return run(tiny.model(), Faulty(copy_engine(model), score=unable, sync=unable))
+
+
+def two_per_cent_of_the_log_probs_reported():
+    count = iter(range(10**6))
+    return run(tiny.model(), with_reported(lambda row: [v if next(count) % 50 == 0 else math.nan for v in row]))
+
+
+def a_fifth_of_the_log_probs_missing():
+    count = iter(range(10**6))
+    return run(tiny.model(), with_reported(lambda row: [v if next(count) % 5 else math.nan for v in row]))
+
+
+def trainer_nan_on_every_second_token():
+    def score(*args):
+        return [[math.nan if t % 2 else v for t, v in enumerate(row)] for row in score_as_trl(*args)]
+
+    return run(tiny.model(), copy_engine(tiny.model()), score=score)
+
+
+def nan_in_a_weight():
+    model = tiny.model()
+    model.lm_head.weight.data[5, 0] = math.nan
+    engine = Faulty(copy_engine(tiny.model()), sync=lambda model: pytest.fail("NaN was brought into the engine"))
+    return run(model, engine)
+
+
 CAUSES = {
+    never_samples_a_token_of_two_per_cent: "unknown",
+    log_probs_too_high_by_a_constant: "unknown",
+    log_probs_too_high_by_less_than_any_bound: "unknown",
+    weights_off_by_a_per_cent_and_no_score: "unknown",
+    two_per_cent_of_the_log_probs_reported: "unscored",
+    a_fifth_of_the_log_probs_missing: "unscored",
+    trainer_nan_on_every_second_token: "trainer",
+    nan_in_a_weight: "trainer",
     healthy_fp32: "healthy",
     healthy_at_another_temperature: "healthy",
     healthy_bf16: "healthy",
@@ -341,10 +413,26 @@ def test_tokens_without_a_log_prob_are_left_out_and_counted():
 
     def sample(prompts, asked, seed):
         samples = engine.sample(prompts, asked, seed)
-        return samples._replace(logprobs=[[math.nan, *row[1:]] for row in samples.logprobs])
+        return samples._replace(
+            logprobs=[[math.nan, *row[1:]] for row in samples.logprobs[:32]] + samples.logprobs[32:]
+        )
 
     diagnosis = run(tiny.model(), Faulty(engine, sample=sample))
-    assert diagnosis.healthy and diagnosis.statistics["unscored"] == len(PROMPTS)
+    assert diagnosis.healthy and diagnosis.statistics["unscored"] == 32
+
+
+def test_an_unknown_gap_says_what_it_is_not_and_what_would_tell_more():
+    verdict = log_probs_too_high_by_a_constant().verdict
+    assert "0.03 nats are left, where rounding in float32 makes 0" in verdict
+    assert "the weights, as the engine scores with them" in verdict and "`--candidates`" in verdict
+    assert "its weights cannot be ruled out" in weights_off_by_a_per_cent_and_no_score().verdict
+
+
+def test_of_too_few_tokens_nothing_is_said(saved, capsys):
+    with pytest.raises(ValueError, match=r"Could not tell: only 1 tokens can be compared, of at least 100"):
+        run(tiny.model(), copy_engine(tiny.model()), PROMPTS[:1], setting=GenerationSetting(max_tokens=1))
+    assert command(saved / "now", "--num-completions", "2") == 2
+    assert "Could not tell" in capsys.readouterr().err
 
 
 # ---- What it computes with ----
@@ -400,7 +488,7 @@ def saved(tmp_path_factory):
 
 def command(*arguments):
     options = ["--engine", "transformers", "--num-completions", "64", "--max-tokens", "8", "--no-progress"]
-    return doctor.main([*map(str, arguments), *options, "--device", "cpu"])
+    return doctor.main([*options, "--device", "cpu", *map(str, arguments)])
 
 
 def test_exit_status_is_0_when_healthy(saved, capsys):

@@ -25,10 +25,14 @@ from .engines import Engine, GenerationSetting, Prompt, Samples, tokenise
 
 
 # Healthy, as published: Tinker's documentation calls training stable with KL(sampler || learner) below 0.01 nats
-# per token; prime-rl asks for less than 0.015 of a new architecture.
+# per token, by either estimate; prime-rl asks for less than 0.015 of a new architecture.
 MAX_KL = 0.01
 # NeMo-RL's guide to new models: mean(exp(|p - q|)) above 1.05 needs a look.
 MAX_PROBABILITY_ERROR = 1.05
+# Share of the tokens without a log-prob above which a run is not healthy: single ones are usual in vLLM.
+MAX_UNSCORED = 0.1
+# Of fewer scored tokens nothing is said.
+MIN_TOKENS = 100
 # Nats per token. Two fp32 implementations agree to 1e-5 (docs/compatibility.md); no gap below this is looked into.
 FLOOR = 1e-4
 # A hypothesis is believed if it removes this share of the gap. For what the engine shows (other prompt ids, its own
@@ -58,6 +62,9 @@ WAYS_OUT = {
     "the engine's.",
     "tokenisation": "Send the engine token ids, or give both the same tokenizer and chat template.",
     "padding": "Score with an attention mask and with position ids that count from each row's first token.",
+    "trainer": "Look for NaN or an overflow in the training model's weights and activations (fp16?); the engine is "
+    "not to blame, and was not synced.",
+    "unscored": "Ask the engine for the log-prob of every sampled token; those without one are left out of the ratio.",
     "unknown": "No hypothesis explains it; compare one row by hand, layer by layer.",
     "healthy": "Nothing to do.",
 }
@@ -81,7 +88,9 @@ class Diagnosis:
     Args:
         cause (`str`):
             The dominant cause: `"healthy"`, `"weights"`, `"sampling"`, `"precision"`, `"tokenisation"`, `"padding"`,
-            `"staleness"`, `"weights or staleness"` or `"unknown"`.
+            `"staleness"`, `"weights or staleness"`, `"trainer"` (it scores tokens as NaN), `"unscored"` (the engine
+            reports too few log-probs) or `"unknown"`. Healthy means that what is left of the gap is no larger than
+            rounding, and within what is published.
         verdict (`str`):
             One line for a human, with the way out.
         findings (`list[Finding]`):
@@ -172,8 +181,8 @@ def diagnose(
         [`Diagnosis`].
 
     Raises:
-        `ValueError`: If there are no prompts, texts are mixed with conversations, or the engine returns no finite
-            log-probs or not one for each token.
+        `ValueError`: If there are no prompts, texts are mixed with conversations, the engine returns no finite
+            log-probs or not one for each token, or fewer than 100 tokens can be compared, of which nothing is said.
     """
     if not prompts or len({isinstance(prompt, str) for prompt in prompts}) != 1:
         raise ValueError("prompts must be a non-empty list, either all texts or all conversations.")
@@ -205,6 +214,15 @@ def diagnose(
     with _evaluating(model):
         case, p, q = gather(seed)
         known = torch.isfinite(q) & ~torch.isnan(p)
+        missing = _missing(p, q)
+        if int(known.sum()) < MIN_TOKENS:
+            if not missing:
+                raise ValueError(
+                    f"Could not tell: only {int(known.sum())} tokens can be compared, of at least {MIN_TOKENS} that "
+                    "are needed. Give more prompts, or let completions be longer."
+                )
+            return _of_what_is_missing(case, p, q, missing)
+        sync = sync and not bool(torch.isnan(p).any())  # NaN is not brought into the engine
         probe = _ask(engine, model, case.samples, sync, progress)
         case.scores = probe.before if probe.after is None else probe.after
         examined = _examine(case, p, q, probe.changed)
@@ -222,7 +240,7 @@ def diagnose(
             total = examined.statistics["abs_mean"]
             predicts = "a sync changes the engine's scores by just the gap"
             examined.evidence.append(_row("staleness", "weights older than the trainer's", predicts, left, total))
-        findings.sort(key=lambda finding: finding.gap_after - finding.gap_before)
+        findings = sorted([*missing, *findings], key=lambda finding: finding.gap_after - finding.gap_before)
 
         statistics = {"tokens": len(q), "unscored": int((~known).sum())} | examined.statistics
         if probe.before is not None:
@@ -242,6 +260,38 @@ def diagnose(
         by_probability(gap, tokens["engine"]),
         tokens,
     )
+
+
+def _missing(p: torch.Tensor, q: torch.Tensor) -> list[Finding]:
+    """What is wrong where log-probs are missing; each missing one counts as a gap of 1."""
+    findings = []
+    for cause, what, lost, most in (
+        ("trainer", "the training model scores {:.0%} of the tokens as NaN", torch.isnan(p), 0.0),
+        (
+            "unscored",
+            "the engine reports no finite log-prob for {:.0%} of its tokens",
+            ~torch.isfinite(q),
+            MAX_UNSCORED,
+        ),
+    ):
+        share = float(lost.double().mean())
+        if share > most:
+            findings.append(Finding(cause, what.format(share), share, 0.0))
+    return findings
+
+
+def _of_what_is_missing(case: Case, p: torch.Tensor, q: torch.Tensor, findings: list[Finding]) -> Diagnosis:
+    """The diagnosis where too little is left to compare."""
+    known = torch.isfinite(q) & ~torch.isnan(p)
+    statistics = {"tokens": len(q), "unscored": int((~known).sum())}
+    positions = torch.cat([torch.arange(len(row)) for row in case.samples.completion_ids])
+    tokens = {"trainer": p[known], "engine": q[known], "explained": p[known], "position": positions[known]}
+    gap = tokens["trainer"] - tokens["engine"]
+    first, *others = findings
+    also = "".join(f" Also: {f.cause} ({f.what})." for f in others)
+    verdict = f"{first.cause}: {first.what}, and too few are left to compare. {WAYS_OUT[first.cause]}{also}"
+    bins = by_position(gap, tokens["position"]), by_probability(gap, tokens["engine"])
+    return Diagnosis(first.cause, verdict, findings, [], statistics, *bins, tokens)
 
 
 @contextmanager
@@ -384,19 +434,18 @@ def _examine(case: Case, p: torch.Tensor, q: torch.Tensor, sync_changed: bool | 
         if sampling is not None and not any(f.cause == "sampling" for f in findings):
             findings.append(Finding("sampling", sampling, remainder, remainder))
 
-    # What is left is rounding, as far as rounding of the engine's kind goes.
+    # What is left is rounding, as far as rounding of the engine's kind goes. What is larger has a cause, whatever its
+    # size; only beside a cause that was found is it asked to be out of bounds, since those may leave something.
     rest = (case.predict(replace(state, numerics="as loaded")) - q)[known]
-    if unexplained and not within_published(gap_statistics(rest)):
-        size = magnitude(rest)
-        if engine.quantization is not None:
-            cause, what = "precision", f"weights quantised by {engine.quantization}"
-        elif size <= ROUNDING_FACTOR * rounding:
-            cause, what = "precision", f"rounding in {_precision(engine)}"
-        else:
-            cause, what = "unknown", "no hypothesis explains this"
-            if case.scores is None:
-                what += "; the engine does not score fixed tokens, so its weights cannot be ruled out"
-        findings.append(Finding(cause, what, size, remainder))
+    size, within = magnitude(rest), within_published(gap_statistics(rest))
+    rounded = size <= max(FLOOR, ROUNDING_FACTOR * rounding)
+    if unexplained and engine.quantization is not None and not within:
+        findings.append(Finding("precision", f"weights quantised by {engine.quantization}", size, remainder))
+    elif unexplained and rounded and not within:
+        findings.append(Finding("precision", f"rounding in {_precision(engine)}", size, remainder))
+    elif unexplained and not rounded and engine.quantization is None and not (within and findings):
+        what = f"{size:.2g} nats are left, where rounding in {_precision(engine)} makes {rounding:.2g}"
+        findings.append(Finding("unknown", f"{what}; {_ruled_out(case)}", size, remainder))
     statistics["rounding"] = rounding
     positions = torch.cat([torch.arange(len(row)) for row in case.samples.completion_ids])
     tokens = {"trainer": p[known], "engine": q[known], "explained": now[known], "position": positions[known]}
@@ -436,6 +485,19 @@ def _where_weights(what: str, sync_changed: bool | None) -> tuple[str, str]:
     if sync_changed:
         return "weights", f"a sync changes the engine, but leaves it with {what}"
     return "weights", f"the engine has {what}, and a sync does not change that"
+
+
+def _ruled_out(case: Case) -> str:
+    """What an unknown gap is not, as far as it was looked into, and what would tell more."""
+    out = ["the trainer's padding", "positions", "temperature and the other sampling options"]
+    if case.ids["trainer"] == case.ids["engine"]:
+        out.insert(0, "the prompts' tokens")
+    more = "candidates (`--candidates`) may tell whose weights it has"
+    if case.scores is None:
+        more = "its weights cannot be ruled out, since it does not score fixed tokens; " + more
+    else:
+        out.append("the weights, as the engine scores with them")
+    return f"it is not {', '.join(out)}; {more}"
 
 
 def _rounding(case: Case) -> float:
@@ -507,13 +569,14 @@ def gap_statistics(gap: torch.Tensor) -> dict[str, float]:
 
 def within_published(statistics: dict[str, float]) -> bool:
     """Whether the gap is within the thresholds that Tinker and NeMo-RL publish."""
-    return statistics["kl_k3"] < MAX_KL and statistics["probability_error"] < MAX_PROBABILITY_ERROR
+    kl = max(statistics["kl_k3"], abs(statistics["kl_k1"]))
+    return kl < MAX_KL and statistics["probability_error"] < MAX_PROBABILITY_ERROR
 
 
 def by_position(gap: torch.Tensor, position: torch.Tensor) -> list[dict]:
     """The gap by position in the completion, in bins that double."""
     edges = [0]
-    while edges[-1] <= int(position.max()):
+    while len(position) and edges[-1] <= int(position.max()):
         edges.append(max(1, 2 * edges[-1]))
     rows = []
     for low, high in pairwise(edges):

@@ -29,7 +29,7 @@ def draw(diagnosis: Diagnosis, path: str | Path) -> None:
     scatter.plot(engine, trainer, ".", ms=2, alpha=0.5, label="as it is")
     if diagnosis.findings:
         scatter.plot(engine, explained, ".", ms=2, alpha=0.5, label="with the findings removed")
-    low = float(torch.minimum(engine, trainer).clamp(min=-20).min())
+    low = float(torch.minimum(engine, trainer).clamp(min=-20).min()) if len(engine) else -20.0
     scatter.plot([low, 0], [low, 0], "k", lw=0.5)
     scatter.set(xlabel="log-prob of the engine, q", ylabel="log-prob of the trainer, p", xlim=(low, 0), ylim=(low, 0))
     scatter.legend(loc="upper left", fontsize=8)
