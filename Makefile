@@ -29,7 +29,8 @@ test-triton: $(VENV)/.ready $(VENV)-triton/.ready  ## The Triton kernels, interp
 GPU_TESTS := robustness gpu features trainer noise perturbation passes loss guard resume cost instruments
 test-gpu:  ## The method on a GPU (`make test-gpu PYTHON=...`)
 	TRL_ALP_TEST_DEVICE=cuda OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH} \
-	$(PYTHON) -m pytest $$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8 --dist worksteal") -m "slow or not slow" $(GPU_TESTS:%=tests/test_%.py)
+	$(PYTHON) -m pytest -m "slow or not slow" $(GPU_TESTS:%=tests/test_%.py) \
+		$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8 --dist worksteal")
 
 test-slow: $(VENV)/.ready  ## The slow ones
 	$(BIN)/python -m pytest -m slow

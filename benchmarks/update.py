@@ -309,12 +309,12 @@ def rows_of(point: SimpleNamespace, pooled: dict) -> list[dict]:
     return list(rows.values())
 
 
-def uncertainty(rows: list[dict]) -> float:
-    """The largest relative uncertainty of a median among the arms that are compared: quartile range over root n."""
-    compared = [row for row in rows if row["arm"] in COMPARED]
+def uncertainty(rows: list[dict], arms: tuple[str, ...]) -> float:
+    """The largest relative uncertainty of these arms' medians: quartile range over root n."""
     return max(
         (row["update_quartiles"][1] - row["update_quartiles"][0]) / row["update"] / row["steps"] ** 0.5
-        for row in compared
+        for row in rows
+        if row["arm"] in arms
     )
 
 
@@ -428,13 +428,13 @@ def main() -> None:
         show(index)
     if not args.suite:
         return
-    again = set()
+    again, compared = set(), tuple(arm for arm in COMPARED if arm in arms) or arms
     while time.perf_counter() - start < args.seconds:
         index = max(
             (i for i, pooled in enumerate(results) if pooled),
-            key=lambda i: uncertainty(rows_of(points[i], results[i])),
+            key=lambda i: uncertainty(rows_of(points[i], results[i]), compared),
         )
-        measure(points[index], tuple(arm for arm in COMPARED if arm in arms), args.steps, results[index], save)
+        measure(points[index], compared, args.steps, results[index], save)
         again.add(index)
     for index in sorted(again):
         show(index)

@@ -68,6 +68,27 @@ def test_instruments_benchmark_prints_shares_of_the_step(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_suite_of_the_update_benchmark_spends_spare_time_on_the_arms_that_are_compared(tmp_path):
+    """With two tiny points in the place of the large ones."""
+    script = ROOT / "benchmarks" / "update.py"
+    code = (
+        f"import sys; sys.path.insert(0, {str(script.parent)!r}); import update\n"
+        "update.GPU_SUITE = (('tiny', 16, 2, 1, True), ('tiny', 16, 1, 2, False))\nupdate.main()"
+    )
+    arguments = ["--suite", "gpu", "--steps", "2", "--seconds", "20", "--json", "out.json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=200,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:]
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {(row["batch"], row["accumulation"]) for row in rows} == {(2, 1), (1, 2)}
+    steps = {arm: sum(row["steps"] for row in rows if row["arm"] == arm) for arm in ("stock", "bypass")}
+    assert steps["bypass"] > steps["stock"] == 4
+
+
+@pytest.mark.slow
 def test_host_benchmark_measures_each_arm_and_writes_what_it_has(tmp_path):
     printed = run("host.py", "--layers", "2", "--repetitions", "3", "--json", "out.json", cwd=tmp_path)
     report = json.loads((tmp_path / "out.json").read_text())
@@ -76,13 +97,25 @@ def test_host_benchmark_measures_each_arm_and_writes_what_it_has(tmp_path):
     assert report["repetitions"] == 3 and report["no_hook_ms"] > 0
 
 
-def test_the_parts_of_the_gpu_script_exist():
+def test_the_parts_of_the_gpu_script_exist_and_end_within_eight_minutes():
     text = (ROOT / "benchmarks" / "on_gpu.sh").read_text()
-    subprocess.run(["bash", "-n", str(ROOT / "benchmarks" / "on_gpu.sh")], check=True)
-    parts = [line.split()[1:3] for line in text.splitlines() if line.startswith("part ")]
+    parts = re.findall(r"^part (\w+) (\d+) ", text, re.MULTILINE)
     assert [name for name, _ in parts] == ["tests", "noise", "host", "update"]
+    assert sum(int(seconds) for _, seconds in parts) <= 480
     for name in re.findall(r"benchmarks/[\w/]+\.py", text):
         assert (ROOT / name).is_file(), name
     makefile = (ROOT / "Makefile").read_text()
     for name in re.search(r"^GPU_TESTS := (.*)$", makefile, re.MULTILINE)[1].split():
         assert (ROOT / "tests" / f"test_{name}.py").is_file(), name
+
+
+def test_the_gpu_script_runs_every_part_whatever_the_others_do(tmp_path):
+    script = ROOT / "benchmarks" / "on_gpu.sh"
+    for python, status in (("/bin/true", 0), ("/bin/false", 1)):
+        environment = os.environ | {"PYTHON": python}
+        done = subprocess.run([script, tmp_path, "--lab"], capture_output=True, text=True, env=environment, timeout=60)
+        assert done.returncode == status
+        assert re.findall(r"^==== (\w+): status", done.stdout, re.MULTILINE) == [
+            "tests", "noise", "host", "update", "lab",
+        ]  # fmt: skip
+    assert "failed or cut off: tests(2) noise(1)" in done.stdout

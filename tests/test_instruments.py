@@ -156,6 +156,20 @@ def test_a_folder_in_the_place_of_a_file_or_a_file_in_that_of_the_folder_ends_no
     assert trainer.state.global_step == 2 and caplog.text.count("cannot write to") == 1
 
 
+def test_a_log_of_another_run_that_cannot_be_moved_away_is_not_written_into(tmp_path, monkeypatch, caplog):
+    tiny.trainer(tmp_path, max_steps=1).train()
+    before = lines(tmp_path)
+
+    def fail(*args):
+        raise PermissionError(13, "planted")
+
+    monkeypatch.setattr("trl_alp.run_files.os.rename", fail)
+    trainer = tiny.trainer(tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == 2 and caplog.text.count("cannot write to") == 1
+    assert lines(tmp_path) == before
+
+
 def test_a_tracker_that_fails_is_one_warning_and_training_goes_on(tmp_path, monkeypatch, caplog):
     import sys
     import types

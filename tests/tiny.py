@@ -28,9 +28,8 @@ DEVICE = os.environ.get("TRL_ALP_TEST_DEVICE", "cpu")
 if DEVICE != "cpu":  # there "bit for bit" would else depend on the order in which threads add
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    os.environ.setdefault(
-        "TORCHINDUCTOR_COMPILE_THREADS", "1"
-    )  # its pool takes longer to start than these models to compile
+    # Inductor's pool of processes takes longer to start than these models to compile.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 CHARACTERS = string.digits + "+-= " + string.ascii_lowercase
 FAMILIES = ("llama", "qwen2", "gpt2")
 
@@ -41,6 +40,7 @@ def cpu_only(reason: str):
 
 
 def tensor(values, **kwargs) -> torch.Tensor:
+    """`torch.tensor` on `DEVICE`."""
     return torch.tensor(values, device=DEVICE, **kwargs)
 
 

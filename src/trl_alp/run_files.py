@@ -49,7 +49,8 @@ class RunFiles:
             history (`Iterable[dict]`, *optional*):
                 The trainer's log up to there, which begins a log that is not there yet.
         """
-        self._begun = True
+        # A log of another run that cannot be moved away is not written into.
+        self._begun = step > 0
         if not self.enabled:
             return
         with self._survived():
@@ -62,6 +63,7 @@ class RunFiles:
                 kept = f"{self.folder}.previous-{next(numbers)}"
                 os.rename(self.folder, kept)
                 logger.warning(f"{self.folder} held the log of another run, which is now {kept}; delete what is old.")
+            self._begun = True
 
     def append(self, name: str, entries: Iterable[dict[str, Any]]) -> None:
         """Add entries to the file `name` ([`LOG`] or [`ENVELOPE`])."""

@@ -15,20 +15,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 
 import torch
 
-from ..mismatch import kl_estimates, percentiles
 from .counterfactuals import Case, Scorer, State, score_as_trl
 from .engines import Engine, GenerationSetting, Prompt, Samples, tokenise
+from .gap import by_position, by_probability, gap_statistics, magnitude, t_statistic, within_published
 
 
-# Healthy, as published: Tinker's documentation calls training stable with KL(sampler || learner) below 0.01 nats
-# per token, by either estimate; prime-rl asks for less than 0.015 of a new architecture.
-MAX_KL = 0.01
-# NeMo-RL's guide to new models: mean(exp(|p - q|)) above 1.05 needs a look.
-MAX_PROBABILITY_ERROR = 1.05
 # Share of the tokens without a log-prob above which a run is not healthy: single ones are usual in vLLM.
 MAX_UNSCORED = 0.1
 # Of fewer scored tokens nothing is said.
@@ -50,7 +44,6 @@ MAX_SURPRISE = 6.0
 MIN_LOG_LIKELIHOOD_RATIO = 10.0
 # Above this gap, in nats, the training model knows too little about the engine to judge its samples by it.
 MAX_GAP_FOR_SURPRISE = 0.05
-PROBABILITY_EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 0.9, 0.99, 1.0)
 
 WAYS_OUT = {
     "weights": "Mend the weight sync (names, merged adapter, tied or prepacked layers), then run the doctor again.",
@@ -346,7 +339,7 @@ def _weights_before_sync(case: Case, probe: _Probe) -> Finding:
     now = case.reference(State(ids="engine"), case.raw)
     before, after = magnitude(now - probe.before), magnitude(now - probe.after)
     gain = (now - probe.before).abs().clamp(max=1) - (now - probe.after).abs().clamp(max=1)
-    if _t(gain) < -MIN_T:
+    if t_statistic(gain) < -MIN_T:
         return Finding("weights", "the engine's weights were closer to the trainer's before a sync", after, before)
     named = "weights older than the trainer's"
     for name, change in _weights_of(case):
@@ -410,7 +403,7 @@ def _examine(case: Case, p: torch.Tensor, q: torch.Tensor, sync_changed: bool | 
             gain = ((now - q).abs().clamp(max=1) - (prediction - q).abs().clamp(max=1))[known]
             known_to_be_so = cause in ("tokenisation", "precision") or "measured" in change
             need = MIN_REMOVED_KNOWN if known_to_be_so else MIN_REMOVED
-            enough = before - after > need * before and _t(gain) > MIN_T
+            enough = before - after > need * before and t_statistic(gain) > MIN_T
             if cause == "padding":  # as good as another draw of the rounding
                 enough &= before - after > ROUNDING_FACTOR * rounding
             if enough:
@@ -544,74 +537,7 @@ def _sampling(case: Case, state: State, evidence: list[dict]) -> tuple[float, st
     return surprise, None
 
 
-# ---- Numbers and words ----
-
-
-def magnitude(gap: torch.Tensor) -> float:
-    """Mean |gap| in nats, each token counting at most 1 (NaN too), so that a few wild tokens do not decide."""
-    gap = torch.nan_to_num(gap.double(), nan=1.0, posinf=1.0, neginf=-1.0)
-    return float(gap.abs().clamp(max=1).mean()) if gap.numel() else 0.0
-
-
-def gap_statistics(gap: torch.Tensor) -> dict[str, float]:
-    """Mean, mean and median |gap|, KL estimates and NeMo-RL's probability error of a gap `p - q` of shape `(N,)`."""
-    gap = torch.nan_to_num(gap.double(), posinf=20.0, neginf=-20.0)
-    kl = kl_estimates(gap)
-    return {
-        "mean": float(gap.mean()),
-        "abs_mean": magnitude(gap),
-        "median_abs": float(gap.abs().median()),
-        "kl_k1": float(kl["kl/k1"]),
-        "kl_k3": float(kl["kl/k3"]),
-        "probability_error": float(gap.abs().clamp(max=20).exp().mean()),
-    }
-
-
-def within_published(statistics: dict[str, float]) -> bool:
-    """Whether the gap is within the thresholds that Tinker and NeMo-RL publish."""
-    kl = max(statistics["kl_k3"], abs(statistics["kl_k1"]))
-    return kl < MAX_KL and statistics["probability_error"] < MAX_PROBABILITY_ERROR
-
-
-def by_position(gap: torch.Tensor, position: torch.Tensor) -> list[dict]:
-    """The gap by position in the completion, in bins that double."""
-    edges = [0]
-    while len(position) and edges[-1] <= int(position.max()):
-        edges.append(max(1, 2 * edges[-1]))
-    rows = []
-    for low, high in pairwise(edges):
-        values = gap[(position >= low) & (position < high)]
-        if len(values):
-            rows.append({"from": low, "to": high - 1} | _bin(values))
-    return rows
-
-
-def by_probability(gap: torch.Tensor, q: torch.Tensor) -> list[dict]:
-    """The gap by the probability the engine gave the token."""
-    probability = q.exp()
-    rows = []
-    for low, high in pairwise(PROBABILITY_EDGES):
-        values = gap[((probability > low) | (low == 0)) & ((probability <= high) | (high == 1))]
-        if len(values):
-            rows.append({"above": low, "to": high} | _bin(values))
-    return rows
-
-
-def _bin(gap: torch.Tensor) -> dict:
-    p02, _, p50, _, p98 = percentiles(gap).tolist()
-    return {
-        "tokens": len(gap),
-        "mean": float(gap.mean()),
-        "abs_mean": magnitude(gap),
-        "p02": p02,
-        "p50": p50,
-        "p98": p98,
-    }
-
-
-def _t(gain: torch.Tensor) -> float:
-    gain = gain.double()
-    return float(gain.mean() / (gain.std() / math.sqrt(len(gain))).clamp(min=1e-12)) if len(gain) > 1 else 0.0
+# ---- Words ----
 
 
 def _row(cause, hypothesis, predicts, gap_left, total) -> dict:
