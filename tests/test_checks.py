@@ -152,7 +152,7 @@ def test_noise_of_which_rounding_leaves_less_than_half_is_warned_of_with_the_num
 def instruments(folder, **kwargs):
     from accelerate import Accelerator
 
-    made = Instruments(Accelerator(cpu=True), str(folder), [], **kwargs)
+    made = Instruments(Accelerator(cpu=True), str(folder), [], **{"log_files": False} | kwargs)
     made.begin(0)
     return made
 
@@ -190,7 +190,7 @@ def test_neftune_is_named_and_dropout_not_blamed(tmp_path, caplog):
 
 
 def test_the_log_beside_the_run_is_json_whatever_was_logged(tmp_path):
-    made = instruments(tmp_path)
+    made = instruments(tmp_path, log_files=True)
     made.append({"step": 1, "a": math.inf, "b": float("nan"), "c": torch.tensor(-math.inf), "d": None, "e": "x"})
     (line,) = (tmp_path / "alp" / "metrics.jsonl").read_text().splitlines()
 

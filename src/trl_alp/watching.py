@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from .instruments import Instruments
 from .mismatch import clamped_gap
+from .pool import Pool
 from .ratio import log_importance_ratio
 from .rewards import nan_told_from_none
 
@@ -206,31 +206,6 @@ class Watcher(TrainerCallback):
             self.trainer.instruments.append(state.log_history[-1])
 
 
-class _Pool:
-    """Sum, number, minimum and maximum of vectors whose entries may be unknown, that is NaN."""
-
-    def __init__(self) -> None:
-        self._sums: torch.Tensor | None = None  # sum, number; (2, L)
-        self._extremes: torch.Tensor | None = None  # -min, max; (2, L)
-
-    @property
-    def is_empty(self) -> bool:
-        return self._sums is None
-
-    def add(self, values: torch.Tensor) -> None:  # (L,)
-        known = ~values.isnan()
-        sums = torch.stack([torch.where(known, values, 0.0), known.to(values)])
-        extremes = torch.stack([torch.where(known, sign * values, -torch.inf) for sign in (-1, 1)])
-        self._sums = sums if self.is_empty else self._sums + sums
-        self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
-
-    def over(self, accelerator: Accelerator) -> list[torch.Tensor]:
-        """Sum, number, minimum and maximum over all processes.  # (L,) each"""
-        sums = accelerator.reduce(self._sums, reduction="sum")
-        lowest, highest = accelerator.gather(self._extremes.unsqueeze(0)).amax(0)
-        return [each.cpu() for each in (*sums, -lowest, highest)]
-
-
 class ALPWatcher(Watcher):
     """
     Watches an [`ALPGRPOTrainer`]: also how much is clipped, the size of the noise and of sigma, and, in the updates
@@ -243,7 +218,7 @@ class ALPWatcher(Watcher):
 
     def __init__(self, trainer) -> None:
         super().__init__(trainer)
-        self._sigma, self._effective = _Pool(), _Pool()
+        self._sigma, self._effective = Pool(), Pool()
 
     def is_due(self) -> bool:
         """Whether the policy without noise is looked at: once in `alp_monitor_every` optimiser steps, and at the first
@@ -311,7 +286,7 @@ class ALPWatcher(Watcher):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self._sigma, self._effective = _Pool(), _Pool()
+        self._sigma, self._effective = Pool(), Pool()
 
     def flush(self) -> None:
         super().flush()
@@ -325,7 +300,7 @@ class ALPWatcher(Watcher):
         """Metrics of the perturbation since the last log; warns of noise that rounding eats."""
         accelerator, layers = self.trainer.accelerator, self.trainer.perturbation.layer_indices
         sigma, effective = self._sigma.over(accelerator), self._effective.over(accelerator)
-        self._sigma, self._effective = _Pool(), _Pool()
+        self._sigma, self._effective = Pool(), Pool()
         metrics = {}
         for name, (sums, counts, lowest, highest) in (("sigma", sigma), ("noise/effective", effective)):
             metrics[f"alp/{name}/mean"] = (sums.sum() / counts.sum()).item()
