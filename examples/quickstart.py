@@ -26,17 +26,10 @@ import matplotlib
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
 from transformers.utils import logging
 
-from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
+from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, ConsoleCallback
 
 
 matplotlib.use("Agg")
@@ -107,18 +100,6 @@ def accuracy(model, tokenizer, problems: list[dict], sample: bool) -> float:
     output = model.generate(**batch, max_new_tokens=4, do_sample=sample, top_k=0)
     completions = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return sum(is_correct(completions, [problem["answer"] for problem in problems])) / len(problems)
-
-
-class ShortLog(TrainerCallback):
-    """One line now and then instead of all metrics at every step."""
-
-    def __init__(self, every: int):
-        self.every = every
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.global_step % self.every == 1 and "reward" in logs:
-            envelope = f"{logs['alp/ratio/p02']:.2f} to {logs['alp/ratio/p98']:.2f}"
-            print(f"    step {state.global_step:4d}: reward {logs['reward']:.2f}, ratio P2-P98 {envelope}", flush=True)
 
 
 def draw(log: list[dict], path: Path, num_layers: int) -> None:
@@ -192,9 +173,8 @@ def main() -> None:
         args=args,
         train_dataset=Dataset.from_list(train),
         processing_class=tokenizer,
-        callbacks=[ShortLog(every=4 * updates_per_batch)],
+        callbacks=[ConsoleCallback(every=4 * updates_per_batch)],
     )
-    trainer.remove_callback(PrinterCallback)
     print(f"2/3 ALP-GRPO: {options.rollout_batches} batches of rollouts, {updates_per_batch} updates each", flush=True)
     trainer.train()
 

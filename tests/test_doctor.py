@@ -1,11 +1,14 @@
 """The doctor on a second copy of the model under transformers, with one fault planted at a time."""
 
+import argparse
 import contextlib
 import copy
+import http.server
 import json
 import math
 import re
 import shlex
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +29,11 @@ from trl import GRPOTrainer
 from trl_alp.doctor import __main__ as doctor
 from trl_alp.doctor.counterfactuals import processed, scaled_adapter, score_as_trl, without_adapter
 from trl_alp.doctor.diagnosis import diagnose
-from trl_alp.doctor.engines import GenerationSetting, Samples, TransformersEngine, VLLMEngine, plain_copy
+from trl_alp.doctor.engines import GenerationSetting, Samples, TransformersEngine, plain_copy
+from trl_alp.doctor.findings import report
+from trl_alp.doctor.prompts import read_prompts
+from trl_alp.doctor.vllm_engines import VLLMEngine, VLLMServerEngine
+from trl_alp.doctor.weights import flat
 
 
 TOKENIZER = tiny.tokenizer()
@@ -102,7 +109,7 @@ def healthy_lora():
 
 
 def healthy_engine_that_cannot_score():
-    return run(tiny.model(), Faulty(copy_engine(tiny.model()), score=unable, sync=unable))
+    return run(tiny.model(), Faulty(copy_engine(tiny.model()), score=unable, score_top=unable, sync=unable))
 
 
 def never_synced():
@@ -290,7 +297,58 @@ def nan_in_a_weight():
     return run(model, engine)
 
 
+def trainer_that_depends_on_its_batch(size):
+    """Log-probs off by an amount that depends on how many rows are scored at once, as of kernels that are not
+    batch-invariant."""
+
+    def score(model, prompt_ids, completion_ids, temperature):
+        generator = torch.Generator().manual_seed(len(prompt_ids))
+        rows = score_as_trl(model, prompt_ids, completion_ids, temperature)
+        return [[v + size * float(torch.randn((), generator=generator)) for v in row] for row in rows]
+
+    return score
+
+
+def trainer_disagrees_with_itself():
+    return run(tiny.model(), copy_engine(tiny.model()), score=trainer_that_depends_on_its_batch(0.1))
+
+
+def trainer_disagrees_with_itself_a_little():
+    return run(tiny.model(), copy_engine(tiny.model()), score=trainer_that_depends_on_its_batch(0.002))
+
+
+def merging_changes_a_bf16_base():
+    model = adapted().to(torch.bfloat16)
+    return run(model, copy_engine(model))
+
+
+def rare_token_has_another_bias():
+    """Of the sampled tokens hardly any tells; the log-prob of a token of 0.05 % is off by a fifth."""
+    trainer, engine = tiny.model(init_std=0.8), copy_engine(tiny.model(init_std=0.8))
+    ids = torch.tensor([TOKENIZER(prompt)["input_ids"][-2:] for prompt in PROMPTS])
+    token = int((trainer(ids).logits[:, -1].softmax(-1).mean(0) - 5e-4).abs().argmin())
+    engine.model.lm_head.bias = torch.nn.Parameter(torch.zeros(engine.model.config.vocab_size))
+    engine.model.lm_head.bias.data[token] = 0.2
+    return run(trainer, no_sync(engine))
+
+
+def sync_that_fails_on_packed_weights():
+    """As of a QLoRA base in TRL's sync: the engine gets other shapes than it has (trl#4973)."""
+    model = tiny.model()
+    model.packed = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+
+    def sync(model):
+        raise AssertionError("param_data.shape == loaded_weight.shape")
+
+    return run(model, Faulty(copy_engine(tiny.model()), sync=sync))
+
+
 CAUSES = {
+    trainer_disagrees_with_itself: "batch variance",
+    trainer_disagrees_with_itself_a_little: "batch variance",
+    merging_changes_a_bf16_base: "merge",
+    rare_token_has_another_bias: "vocabulary",
+    sync_that_fails_on_packed_weights: "weights",
     never_samples_a_token_of_two_per_cent: "unknown",
     log_probs_too_high_by_a_constant: "unknown",
     log_probs_too_high_by_less_than_any_bound: "unknown",
@@ -423,9 +481,91 @@ def test_tokens_without_a_log_prob_are_left_out_and_counted():
 
 def test_an_unknown_gap_says_what_it_is_not_and_what_would_tell_more():
     verdict = log_probs_too_high_by_a_constant().verdict
-    assert "0.03 nats are left, where rounding in float32 makes 0" in verdict
+    assert "0.03 nats are left, where rounding in float32 makes" in verdict
     assert "the weights, as the engine scores with them" in verdict and "`--candidates`" in verdict
     assert "its weights cannot be ruled out" in weights_off_by_a_per_cent_and_no_score().verdict
+
+
+def test_packed_weights_and_the_error_of_a_sync_are_named():
+    verdict = sync_that_fails_on_packed_weights().verdict
+    assert "the sync fails" in verdict and "AssertionError: param_data.shape" in verdict
+    assert "1 packed tensors, packed say, which TRL sends as they lie" in verdict
+
+
+def test_trainer_against_itself_is_measured_and_is_the_floor_of_everything_else():
+    diagnosis = trainer_disagrees_with_itself()
+    alone, among = (
+        trainer_that_depends_on_its_batch(0.1)(tiny.model(), [[3, 4]] * rows, [[5, 6, 7]] * rows, 1.0)[0]
+        for rows in (1, 4)
+    )
+    assert diagnosis.statistics["batch_variance"] > 0.05 and diagnosis.statistics["batch_variance_share"] > 0.2
+    assert any(abs(a - b) > 0 for a, b in zip(alone, among, strict=True))
+    assert "with no engine at all" in diagnosis.verdict
+    assert healthy_fp32().statistics["batch_variance"] < 1e-6
+
+
+def test_a_merge_and_unmerge_is_measured_and_leaves_the_model_alone():
+    model = adapted().to(torch.bfloat16)
+    before = tiny.parameters(model)
+    statistics = run(model, copy_engine(model)).statistics
+    assert 0.01 < statistics["merge_cycle_share"] < 1 and statistics["merge_cycle"] > 1e-4
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    in_fp32 = healthy_lora().statistics
+    assert in_fp32["merge_cycle_share"] > 0 and in_fp32["merge_cycle"] < 1e-5  # rounding, which does not add up
+
+
+def test_log_ratio_is_told_as_movement_plus_precision_where_their_totals_cancel():
+    """An engine that reports too much and has old weights: the mean of the whole gap says nothing of either."""
+    new, engine = tiny.model(), copy_engine(moved(tiny.model(), 0.03))
+    samples = engine.sample(PROMPTS, setting(), 0)
+    now = copy_engine(new).score(samples.prompt_ids, samples.completion_ids)
+    movement = flat(now) - flat(samples.logprobs)
+    shift = float(movement.mean())
+
+    def sample(prompts, asked, seed):
+        samples = engine.sample(prompts, asked, seed)
+        return samples._replace(logprobs=[[value + shift for value in row] for row in samples.logprobs])
+
+    diagnosis = run(new, Faulty(engine, sample=sample))
+    told = diagnosis.statistics
+    assert abs(told["kl_k1"]) < 1e-5, "the totals cancel"
+    assert told["movement_mean"] == pytest.approx(shift, abs=1e-5)
+    assert told["precision_mean"] == pytest.approx(-shift, abs=1e-5)
+    assert told["movement"] == pytest.approx(float(movement.abs().clamp(max=1).mean()), abs=1e-4)
+    assert {finding.cause for finding in diagnosis.findings} == {"staleness", "unknown"}
+
+
+def test_tokens_clipped_before_the_policy_has_moved_are_counted_and_told():
+    diagnosis = rounding()
+    gap = (diagnosis.tokens["trainer"] - diagnosis.tokens["engine"]).exp()
+    share = float(((gap < 0.8) | (gap > 1.2)).double().mean())
+    assert share > 0.01 and diagnosis.statistics["clipped_before_movement"] == pytest.approx(share, abs=2e-3)
+    assert f"{share:.1%} of the tokens leave the clip range before the policy has moved" in diagnosis.verdict
+    old = stale()
+    assert old.statistics["clipped_before_movement"] == 0.0 and "clip range" not in old.verdict
+
+
+def test_a_second_sampling_fault_is_in_the_verdict():
+    """Log-probs without the temperature, of samples that are truncated as well."""
+    engine = copy_engine(tiny.model(), "raw_logprobs")
+    both = run(tiny.model(), engine, setting=setting(temperature=0.7, top_p=0.7))
+    assert [finding.cause for finding in both.findings] == ["sampling", "sampling"]
+    assert "raw: without the temperature" in both.verdict and "processed: with top_p=0.7" in both.verdict
+    one = run(tiny.model(), engine, setting=setting(temperature=0.7))
+    assert [finding.cause for finding in one.findings] == ["sampling"]
+
+
+def test_what_people_read_has_no_nan_and_no_internal_keys():
+    diagnosis = top_p_raw()
+    assert any(row["gap_left"] is None for row in diagnosis.evidence)
+    text = report(diagnosis)
+    assert "nan" not in text and "None" not in text
+    assert not set(re.findall(r"[a-z]+_[a-z_]+", text)) - {
+        "top_p",
+        "generation_config",
+        "logprobs",
+        "processed_logprobs",
+    }
 
 
 def test_of_too_few_tokens_nothing_is_said(saved, capsys):
@@ -528,12 +668,93 @@ def test_adapter_is_in_the_engine_unless_it_has_a_model_of_its_own(saved, capsys
         (["{now}", "--prompts", "/no/such/file.txt"], "/no/such/file.txt"),
         (["{now}", "--json", "/no/such/folder/out.json"], "a folder that does not exist"),
         (["{now}", "--logprobs-mode", "raw"], "logprobs_mode='raw' is unknown"),
-        (["{now}", "--engine-model", "/no/such/model"], "/no/such/model"),
+        (["{now}", "--engine-model", "/no/such/model"], "--engine-model: there is no folder /no/such/model"),
+        (["{now}", "--candidates", "/no/such/model"], "--candidates: there is no folder /no/such/model"),
+        (["{now}", "--adapter", "{old}"], "holds no adapter_config.json"),
+        (["{now}", "--json", "{old}"], "cannot be written: Is a directory"),
+        (["{now}", "--figure", "{old}"], "cannot be written: Is a directory"),
+        (["{now}", "--num-completions", "0"], "--num-completions 0 is out of range"),
+        (["{now}", "--engine", "http://127.0.0.1:9"], "could not run"),
     ],
 )
-def test_exit_status_is_2_when_it_cannot_run(saved, capsys, arguments, message):
-    assert command(*(argument.format(now=saved / "now") for argument in arguments)) == 2
+def test_what_is_wrong_about_the_call_is_told_before_a_model_is_loaded(saved, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("trl_alp.doctor.engines.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert command(*(argument.format(now=saved / "now", old=saved / "old") for argument in arguments)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", ["{", "[1]"])
+def test_options_that_are_no_json_object_are_a_usage_error(saved, capsys, options):
+    with pytest.raises(SystemExit) as stopped:
+        command(saved / "now", "--vllm-options", options)
+    assert stopped.value.code == 2 and "--vllm-options" in capsys.readouterr().err
+
+
+def test_a_write_that_fails_does_not_turn_the_exit_status(saved, monkeypatch, tmp_path, capsys):
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("trl_alp.doctor.figure.draw", full)
+    files = "--json", tmp_path / "out.json", "--figure", tmp_path / "out.png"
+    assert command(saved / "now", *files) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("healthy: ") and printed.err.count("could not be written: OSError") == 2
+
+
+# ---- A server that does not answer ----
+
+
+@pytest.fixture
+def silent_server():
+    """Answers what the constructor asks, and then nothing; with `/health` in `silent`, nothing at all."""
+    answers = {
+        "/health": {},
+        "/v1/models": {"data": [{"id": "policy"}]},
+        "/server_info": {
+            "vllm_config": {
+                "model_config": {"dtype": "torch.float32", "quantization": None, "logprobs_mode": "raw_logprobs"},
+                "cache_config": {"cache_dtype": "auto"},
+            }
+        },
+    }
+    stop = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.split("?")[0]
+            if path not in answers:
+                stop.wait(20)
+            body = json.dumps(answers.get(path)).encode()
+            with contextlib.suppress(OSError):
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", answers
+    stop.set()
+    server.shutdown()
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(silent_server, monkeypatch):
+    monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda *_, **__: True)
+    url, answers = silent_server
+    engine = VLLMServerEngine(url, timeout=0.5)
+    assert engine.dtype == torch.float32
+    for ask in (lambda: engine.score([[3]], [[4]]), lambda: engine.sample(["1+1="], setting(), 0)):
+        with pytest.raises(TimeoutError, match=r"server at http.* has not answered for 0\.5 seconds"):
+            ask()
+    del answers["/health"]
+    with pytest.raises(TimeoutError, match=r"has not answered"):
+        VLLMServerEngine(url, timeout=0.5)
 
 
 def test_exit_status_is_2_when_the_engine_breaks(saved, monkeypatch, capsys):
@@ -553,19 +774,37 @@ def test_unknown_engine_is_a_usage_error(saved, capsys):
     [
         ("a.txt", "one\n\ntwo\n", ["one", "two", "one"]),
         ("a.json", '["one", {"question": "two"}]', ["one", "two", "one"]),
-        ("a.jsonl", '{"prompt": "one"}\n{"prompt": [{"role": "user", "content": "x"}]}\n',
-         ["one", [{"role": "user", "content": "x"}], "one"]),
+        ("a.jsonl", '{"prompt": [{"role": "user", "content": "x"}]}\n', [[{"role": "user", "content": "x"}]] * 3),
     ],
 )  # fmt: skip
 def test_prompts_are_read_and_repeated(tmp_path, name, text, expected):
     (tmp_path / name).write_text(text)
-    assert doctor.read_prompts(str(tmp_path / name), 3, chat=False) == expected
+    assert read_prompts(str(tmp_path / name), 3, chat=True) == expected
 
 
-def test_prompts_without_a_known_field_are_told(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"context": "x"}\n')
-    with pytest.raises(ValueError, match=r"a row has fields \['context'\]; name one of them `prompt`"):
-        doctor.read_prompts(str(tmp_path / "a.jsonl"), 3, chat=False)
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '"a"\n{"context": "x"}\n', r"a\.jsonl:2: a row has fields \['context'\]; name one .*`prompt`"),
+        ("a.jsonl", '"a"\n\n{"prompt": \n', r"a\.jsonl:3: not JSON \(Expecting value"),
+        ("a.jsonl", '"a"\n17\n', r"a\.jsonl:2: a int is no prompt"),
+        ("a.jsonl", '"a"\n{"prompt": [{"role": "user", "content": "x"}]}', "mixed: .*a.jsonl:1 and .*a.jsonl:2"),
+        (
+            "a.jsonl",
+            '{"prompt": [{"role": "user", "content": "x"}]}',
+            r"a\.jsonl:1: a conversation, .* no chat template",
+        ),
+        ("a.jsonl", '{"prompt": ["x"]}', r"a\.jsonl:1: neither a text nor a list of messages"),
+        ("a.json", '["a",\n"b"', r"a\.json:2: not JSON"),
+        ("a.json", '{"prompt": "a"}', r"a\.json:1: a dict is no prompt, nor a list of them"),
+        ("a.json", "[]", "has no prompts"),
+        ("a.txt", b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_told_with_file_and_line(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        read_prompts(str(tmp_path / name), 3, chat=False)
 
 
 @pytest.mark.parametrize(
@@ -584,12 +823,13 @@ def test_what_an_engine_may_not_return_is_told(prompts, rows, message):
         run(tiny.model(), Faulty(engine, sample=lambda *_: rows), prompts)
 
 
-def test_it_needs_no_vllm(saved, capsys):
+def test_it_needs_no_vllm(saved, monkeypatch, capsys):
     with contextlib.suppress(ImportError):
         import vllm  # noqa: F401
 
         pytest.skip("vLLM is installed here")
     assert command(saved / "now") == 0
+    monkeypatch.setattr("trl_alp.doctor.engines.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     assert doctor.main([str(saved / "now"), "--engine", "vllm", "--device", "cpu"]) == 2
     assert 'pip install "trl[vllm]"' in capsys.readouterr().err
 
@@ -610,10 +850,12 @@ def test_python_of_the_docs_runs_and_draws(saved, capsys, tmp_path, monkeypatch)
 
 
 def test_commands_of_the_docs_parse():
-    commands = re.findall(r"^python -m trl_alp.doctor (.*)$", DOCS, re.MULTILINE)
+    commands = re.findall(r"^trl-alp doctor (.*)$", DOCS, re.MULTILINE)
     assert len(commands) == 3
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
     for line in commands:
-        doctor._parser().parse_args(shlex.split(line))
+        parser.parse_args(shlex.split(line))
 
 
 def test_a_sleeping_engine_is_an_error_and_is_not_waited_for():

@@ -15,6 +15,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from .console import attach_console
 from .instruments import Instruments
 from .mismatch import clamped_gap
 from .pool import Pool

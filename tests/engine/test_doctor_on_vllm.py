@@ -24,9 +24,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOTrainer
 
-from trl_alp.doctor.counterfactuals import scaled_adapter, without_adapter
-from trl_alp.doctor.diagnosis import Diagnosis, diagnose
-from trl_alp.doctor.engines import GenerationSetting, VLLMEngine, VLLMServerEngine, plain_copy
+from trl_alp.doctor.counterfactuals import scaled_adapter, score_as_trl, without_adapter
+from trl_alp.doctor.diagnosis import diagnose
+from trl_alp.doctor.engines import GenerationSetting, plain_copy
+from trl_alp.doctor.findings import Diagnosis
+from trl_alp.doctor.vllm_engines import VLLMEngine, VLLMServerEngine
 
 
 pytestmark = [
@@ -250,6 +252,83 @@ def position_shift(engines, strength, seed):
     return run(engines["fp32"], model, seed, score=functools.partial(shifted_scores, shift=strength))
 
 
+def reported(engines, strength, seed, cause):
+    """What an engine reports of its samples is not what it sampled with."""
+    engine, model = engines["fp32"], policy(seed)
+    engine.sync(model)
+    draw = random.Random(seed)
+
+    def sample(prompts, setting, seed):
+        samples = engine.sample(prompts, setting, seed)
+        if cause == "unscored":
+            rows = [[math.nan if draw.random() < strength else v for v in row] for row in samples.logprobs]
+        else:
+            rows = [[v + strength for v in row] for row in samples.logprobs]
+        return samples._replace(logprobs=rows)
+
+    return run(Faulty(engine, sample=sample), model, seed)
+
+
+def unable(*_):
+    raise NotImplementedError
+
+
+def other_weights_and_no_score(engines, strength, seed):
+    engines["fp32"].sync(updated(policy(seed), seed, *strength))
+    return run(Faulty(engines["fp32"], score=unable, score_top=unable, sync=unable), policy(seed), seed)
+
+
+def row_of_the_output_layer(engines, strength, seed):
+    """One row of the engine's output layer is another; it is not the one of a frequent token."""
+    engine, model = engines["fp32"], policy(seed)
+    token = int(model(torch.randint(3, 20, (32, 8))).logits.softmax(-1).mean((0, 1)).argsort()[10])
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data[token] *= 1 + strength
+    engine.sync(other)
+    return run(Faulty(engine, sync=lambda model: None), model, seed)
+
+
+def trainer_nan(engines, strength, seed):
+    engines["fp32"].sync(policy(seed))
+    model = policy(seed)
+    model.lm_head.weight.data[5 : 5 + strength, 0] = math.nan
+    return run(engines["fp32"], model, seed)
+
+
+def batch_dependent_scores(model, prompt_ids, completion_ids, temperature, size: float):
+    """A trainer whose log-probs depend on the rows scored with it."""
+    generator = torch.Generator().manual_seed(len(prompt_ids))
+    rows = score_as_trl(model, prompt_ids, completion_ids, temperature)
+    return [[v + size * float(torch.randn((), generator=generator)) for v in row] for row in rows]
+
+
+def batch_variance(engines, strength, seed, name):
+    model = plain_copy(policy(seed), torch.bfloat16 if name == "bf16" else None)
+    engines[name].sync(model)
+    return run(engines[name], model, seed, score=functools.partial(batch_dependent_scores, size=strength))
+
+
+def merge_in_bf16(engines, strength, seed):
+    model = adapted(policy(seed), seed, strength).to(torch.bfloat16)
+    engines["bf16"].sync(model)
+    return run(engines["bf16"], model, seed)
+
+
+def sync_fails(engines, strength, seed):
+    """As of packed 4-bit weights: the sync gives up, after a part of the model or at once."""
+    old = policy(seed)
+    engines["fp32"].sync(old)
+
+    def sync(model):
+        if strength:
+            half = copy.deepcopy(old)
+            half.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
+            engines["fp32"].sync(half)
+        raise AssertionError("param_data.shape == loaded_weight.shape")
+
+    return run(Faulty(engines["fp32"], sync=sync), updated(old, seed, 1, 1e-3), seed)
+
+
 @dataclass
 class Fault:
     name: str
@@ -322,6 +401,30 @@ FAULTS = [
         {"prompts of 10 or 11 tokens": (9, 10), "3 to 21": (2, 20)},
     ),
     Fault("positions jump in the trainer", "padding", position_shift, {"by 1": 1, "by 8": 8}),
+    Fault(
+        "log-probs too high by a constant",
+        "unknown",
+        functools.partial(reported, cause="unknown"),
+        {"0.003 nats": 0.003, "0.03 nats": 0.03},
+    ),
+    Fault("log-probs missing", "unscored", functools.partial(reported, cause="unscored"), {"20 %": 0.2, "98 %": 0.98}),
+    Fault("other weights, engine cannot score", "unknown", other_weights_and_no_score, UPDATES),
+    Fault("a row of the output layer is another", "vocabulary", row_of_the_output_layer, {"by 5 %": 0.05}),
+    Fault("NaN in the output layer", "trainer", trainer_nan, {"1 row": 1, "20 rows": 20}),
+    Fault(
+        "trainer depends on its batch",
+        "batch variance",
+        functools.partial(batch_variance, name="fp32"),
+        {"0.003 nats": 0.003, "0.1 nats": 0.1},
+    ),
+    Fault(
+        "trainer depends on its batch, bf16",
+        "batch variance",
+        functools.partial(batch_variance, name="bf16"),
+        {"0.3 nats": 0.3},
+    ),
+    Fault("bf16 LoRA merged and unmerged", "merge", merge_in_bf16, {"std 0.01": 0.01, "std 0.05": 0.05}),
+    Fault("sync fails", "weights", sync_fails, {"at once": False, "half way": True}),
 ]
 
 

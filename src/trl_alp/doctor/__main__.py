@@ -1,168 +1,216 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
-"""The mismatch doctor: what is the gap between training model and inference engine made of?
-
-    python -m trl_alp.doctor MODEL --engine vllm --engine-dtype bfloat16 --temperature 1.0 --json out.json
-
-Samples completions from the engine, scores them with the training model under one hypothesis after another, and prints
-the verdict, the evidence and the way out. docs/doctor.md explains each cause. Exit status: 0 healthy, 1 not healthy,
-2 could not run.
-"""
+"""The doctor as a command; torch is imported once the call has been understood."""
 
 import argparse
+import importlib.util
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from .diagnosis import Diagnosis, diagnose
-from .engines import (
-    Engine,
-    GenerationSetting,
-    Prompt,
-    TransformersEngine,
-    VLLMEngine,
-    VLLMServerEngine,
-    load_model,
-    plain_copy,
-)
-from .figure import draw
+DESCRIPTION = "Say what the gap between a training model and its inference engine is made of."
+EPILOG = """\
+examples:
+  trl-alp doctor Qwen/Qwen2.5-0.5B-Instruct --engine vllm --engine-dtype bfloat16
+  trl-alp doctor Qwen/Qwen2.5-0.5B-Instruct --adapter run/checkpoint-40 --engine http://localhost:8000
+  trl-alp doctor run/checkpoint-40 --engine transformers --engine-model run/int8 --prompts prompts.jsonl
 
+Completions are sampled from the engine and scored with the training model under one hypothesis after another.
+The verdict comes first, with the way out; docs/doctor.md explains each cause.
 
-DEFAULT_PROMPTS = (
-    "What is 17 + 25?",
-    "Name the capital of France.",
-    "Write one sentence about the sea.",
-    "A train leaves at 9:40 and arrives at 11:15. How long is the journey?",
-    "Translate to French: good morning",
-    "List three prime numbers greater than 10.",
-    "Explain in one paragraph why the sky is blue, to a child of six.",
-    "def fibonacci(n):",
-    "If x + 3 = 10, what is x?",
-    "Give me a rhyme for 'stone'.",
-    "Sort these words by length: pear, fig, banana, kiwi.",
-    "Once upon a time,",
-)
+exit status: 0 healthy, 1 not healthy, 2 could not run or could not tell
+"""
+_DTYPES = ("float32", "bfloat16", "float16")
+_SERVER = ("http://", "https://")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    add = parser.add_argument
+    add("model", help="the training model: a path, or a name on the hub")
+    add("--adapter", help="PEFT adapter of the training model")
+    add("--tokenizer", help="tokenizer of the trainer, if it is not the model's")
+    add("--dtype", default="float32", choices=_DTYPES, help="dtype of the training model (default: %(default)s)")
+    add("--device", help="of the training model (default: a GPU if there is one)")
+    add(
+        "--engine",
+        default="vllm",
+        help="vllm (in this process), transformers, or the URL of a vLLM server (default: %(default)s)",
+    )
+    add("--engine-model", help="path of the engine's own copy (default: the training model)")
+    add("--engine-dtype", choices=_DTYPES, help="dtype of the engine (default: as the engine chooses)")
+    add("--kv-cache-dtype", default="auto", help="of vLLM (default: %(default)s)")
+    add(
+        "--logprobs-mode",
+        default="processed_logprobs",
+        help="of the engine (default: %(default)s, as TRL runs vLLM)",
+    )
+    add(
+        "--vllm-options",
+        default="{}",
+        type=_options,
+        metavar="JSON",
+        help='further arguments of vllm.LLM, as in {"enforce_eager": true}',
+    )
+    add(
+        "--timeout", type=float, default=600.0, help="seconds to wait for an answer of a server (default: %(default)g)"
+    )
+    add("--temperature", type=float, default=1.0, help="default: %(default)g")
+    add("--top-p", type=float, default=1.0, help="default: %(default)g, off")
+    add("--top-k", type=int, default=0, help="default: %(default)s, off")
+    add("--min-p", type=float, default=0.0, help="default: %(default)g, off")
+    add("--repetition-penalty", type=float, default=1.0, help="default: %(default)g, off")
+    add("--max-tokens", type=int, default=64, help="longest completion, in tokens (default: %(default)s)")
+    add("--prompts", help="a .txt, .json or .jsonl file, or a dataset (default: a dozen built-in ones)")
+    add("--num-completions", type=int, default=256, help="how many are sampled (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="rows scored at once (default: %(default)s)")
+    add(
+        "--candidates",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="checkpoints or adapters that the engine may have instead",
+    )
+    add(
+        "--sync",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="sync the engine's weights and score again (default: yes, but not for a server, which may be in use)",
+    )
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--json", type=Path, help="write the diagnosis to this file")
+    add("--figure", type=Path, help="draw the gap to this PNG (needs matplotlib)")
+    add("--no-progress", action="store_true", help="print no progress bar")
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
-    if args.engine not in ("vllm", "transformers") and not args.engine.startswith(("http://", "https://")):
+    if args.engine not in ("vllm", "transformers") and not args.engine.startswith(_SERVER):
         parser.error(f"--engine {args.engine!r} is none of vllm, transformers and the URL of a vLLM server")
     try:
-        diagnosis = _run(args)
+        _check(args)
+        diagnosis = _diagnose(args)
     except Exception as error:  # Python's own exit status for it, 1, would say "not healthy"
         if not isinstance(error, OSError | ValueError | ImportError):
             traceback.print_exc()
-        print(f"trl_alp.doctor could not run: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{parser.prog} could not run: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    from .figure import draw
+    from .findings import report
+
     print(report(diagnosis))
+    # The verdict stands, whatever becomes of the files.
     if args.json:
-        args.json.write_text(json.dumps(diagnosis.to_dict(), indent=2) + "\n")
-    if args.figure:
-        draw(diagnosis, args.figure)
+        _write(args.json, lambda path: path.write_text(json.dumps(diagnosis.to_dict(), indent=2) + "\n"))
+    if args.figure and _write(args.figure, lambda path: draw(diagnosis, path)):
         print(f"figure: {args.figure}")
     return 0 if diagnosis.healthy else 1
 
 
-def read_prompts(source: str | None, limit: int, chat: bool) -> list[Prompt]:
-    """
-    Read prompts, repeated until there are `limit`.
-
-    Args:
-        source (`str`, *optional*):
-            A `.txt` file (one prompt a line), a `.json` or `.jsonl` file, or the name of a dataset (its `train`
-            split), of which the field `prompt`, else `question`, `problem` or `text` is taken: a text or a
-            conversation. `None` for a dozen built-in ones.
-        limit (`int`):
-            How many.
-        chat (`bool`):
-            Whether the built-in prompts are conversations.
-
-    Raises:
-        `ValueError`: If there are none, or no such field.
-    """
-    if source is None:
-        prompts = [[{"role": "user", "content": text}] if chat else text for text in DEFAULT_PROMPTS]
-    elif source.endswith(".txt"):
-        prompts = [line for line in Path(source).read_text().splitlines() if line.strip()]
-    else:
-        if source.endswith((".json", ".jsonl")):
-            text = Path(source).read_text()
-            rows = json.loads(text) if source.endswith(".json") else map(json.loads, filter(None, text.splitlines()))
-        else:
-            from datasets import load_dataset
-
-            rows = load_dataset(source, split=f"train[:{limit}]")
-        prompts = [_prompt(row, source) for row in rows]
-    if not prompts:
-        raise ValueError(f"--prompts {source} has no prompts.")
-    return [prompts[i % len(prompts)] for i in range(limit)]
-
-
-def _prompt(row, source: str) -> Prompt:
-    if isinstance(row, str | list):
-        return row
-    for name in ("prompt", "question", "problem", "text"):
-        if row.get(name):
-            return row[name]
-    raise ValueError(f"--prompts {source}: a row has fields {sorted(row)}; name one of them `prompt`.")
-
-
-def report(diagnosis: Diagnosis) -> str:
-    """The diagnosis as text: the verdict, the evidence, the gap by position and by probability."""
-    evidence = sorted(diagnosis.evidence, key=lambda row: row["gap_left"])
-    temperatures = [row for row in evidence if row["hypothesis"].startswith("another temperature")]
-    evidence = [row for row in evidence if row not in temperatures[1:]]
-    lines = [diagnosis.verdict, ""]
-    lines += _table(
-        ("hypothesis", "predicts", "gap left", "of it"),
-        [
-            (
-                f"{row['cause']}: {row['hypothesis']}",
-                row["predicts"],
-                row["gap_left"],
-                f"{row['share_left']:.0%}" if row["share_left"] < 10 else "> 10x",
-            )
-            for row in evidence
-        ],
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command by itself, `trl-alp-doctor`."""
+    parser = argparse.ArgumentParser(
+        "trl-alp-doctor", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    lines += ["", *_table(("statistic", ""), list(diagnosis.statistics.items()))]
-    columns = ("tokens", "mean", "abs_mean", "p02", "p50", "p98")
-    for title, rows, name in (
-        ("position", diagnosis.by_position, lambda row: f"{row['from']}-{row['to']}"),
-        ("probability under the engine", diagnosis.by_probability, lambda row: f"{row['above']:g}-{row['to']:g}"),
+    add_arguments(parser)
+    return run(parser, parser.parse_args(arguments))
+
+
+def _options(text: str) -> dict:
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f'{text} is no JSON object, as in {{"enforce_eager": true}}')
+    return options
+
+
+def _check(args: argparse.Namespace) -> None:
+    """All that can be seen to be wrong before a model is loaded, which takes minutes."""
+    if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ImportError(
+            '--engine vllm: vLLM is not installed. `pip install "trl[vllm]"`, or examine another engine: '
+            "`--engine transformers`."
+        )
+    if args.figure and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--figure needs matplotlib: `pip install matplotlib`.")
+    for name, least in (("num_completions", 1), ("batch_size", 1), ("timeout", 1e-3)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: it must be above 0.")
+    for name in ("json", "figure"):
+        if (path := getattr(args, name)) is not None:
+            _check_writable(f"--{name}", path)
+    for name, path in (
+        ("the model", args.model),
+        ("--tokenizer", args.tokenizer),
+        ("--engine-model", args.engine_model),
+        ("--adapter", args.adapter),
+        *(("--candidates", path) for path in args.candidates),
     ):
-        lines += ["", *_table((title, *columns), [(name(row), *(row[c] for c in columns)) for row in rows])]
-    return "\n".join(lines)
+        # A name on the hub has at most one slash, and does not begin with one or with a dot.
+        first, *rest = (path or "").split("/")
+        local = first in ("", ".", "..", "~") or len(rest) > 1 or (rest and os.path.isdir(first))
+        if path and local and not os.path.isdir(path):
+            raise ValueError(f"{name}: there is no folder {path}.")
+    if args.adapter and os.path.isdir(args.adapter):
+        if not os.path.isfile(os.path.join(args.adapter, "adapter_config.json")):
+            raise ValueError(f"--adapter {args.adapter} holds no adapter_config.json, so it is no PEFT adapter.")
+        if importlib.util.find_spec("peft") is None:
+            raise ImportError("--adapter needs PEFT: `pip install peft`.")
 
 
-def _table(head: Sequence[str], rows: list[Sequence]) -> list[str]:
-    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in [head, *rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+def _check_writable(name: str, path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{name} {path} is to be written to a folder that does not exist.")
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"{name} {path} cannot be written: {error.strerror}.") from error
+    if not existed:
+        path.unlink()
 
 
-def _run(args: argparse.Namespace) -> Diagnosis:
+def _write(path: Path, write) -> bool:
+    try:
+        write(path)
+    except Exception as error:
+        print(f"{path} could not be written: {type(error).__name__}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _diagnose(args: argparse.Namespace):
+    from .engines import GenerationSetting, check_logprobs_mode
+    from .prompts import read_prompts
+
     setting = GenerationSetting(
         args.temperature, args.top_p, args.top_k, args.min_p, args.repetition_penalty, args.max_tokens
     )
-    if args.figure:
-        import matplotlib  # noqa: F401  # before the minutes of work, not after
-    for path in (args.json, args.figure):
-        if path and not path.absolute().parent.is_dir():
-            raise ValueError(f"{path} is to be written to a folder that does not exist.")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(args.model, getattr(torch, args.dtype), args.adapter, device)
+    check_logprobs_mode(args.logprobs_mode)
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     prompts = read_prompts(args.prompts, args.num_completions, chat=tokenizer.chat_template is not None)
-    engine = _engine(args, model, device)
+    server = None
+    if args.engine.startswith(_SERVER):
+        from .vllm_engines import VLLMServerEngine
+
+        server = VLLMServerEngine(args.engine, args.timeout)
+
+    import torch
+    from tqdm import tqdm
+
+    from .diagnosis import diagnose
+    from .engines import load_model
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(args.model, getattr(torch, args.dtype), args.adapter, device)
+    engine = server or _engine(args, model, device)
     with tqdm(desc="doctor", unit="step", disable=args.no_progress) as bar:
 
         def progress(step: str) -> None:
@@ -176,72 +224,35 @@ def _run(args: argparse.Namespace) -> Diagnosis:
             prompts,
             setting,
             candidates={path: path for path in args.candidates},
-            sync=args.sync if args.sync is not None else not args.engine.startswith("http"),
+            sync=args.sync if args.sync is not None else server is None,
             seed=args.seed,
             batch_size=args.batch_size,
             progress=progress,
         )
 
 
-def _engine(args: argparse.Namespace, model: torch.nn.Module, device: str) -> Engine:
-    if args.engine.startswith(("http://", "https://")):
-        return VLLMServerEngine(args.engine)
+def _engine(args: argparse.Namespace, model, device: str):
+    """An engine in this process."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from .engines import TransformersEngine, load_model, plain_copy
+
     path = args.engine_model or args.model
     if args.engine == "transformers":
         dtype = getattr(torch, args.engine_dtype or args.dtype)
         # Without a path of its own the engine has the training model's weights, adapter and all.
         copy = load_model(path, dtype, device=device) if args.engine_model else plain_copy(model, dtype)
         return TransformersEngine(copy, AutoTokenizer.from_pretrained(path), args.logprobs_mode)
-    try:
-        from vllm import LLM
-    except ImportError as error:
-        raise ImportError(
-            f'--engine vllm: {error}. `pip install "trl[vllm]"`, or examine another engine: `--engine transformers`.'
-        ) from error
+    from vllm import LLM
+
+    from .vllm_engines import VLLMEngine
 
     options = {"kv_cache_dtype": args.kv_cache_dtype, "logprobs_mode": args.logprobs_mode, "seed": args.seed}
-    llm = LLM(path, dtype=args.engine_dtype or "auto", **options | json.loads(args.vllm_options))
-    engine = VLLMEngine(llm)
+    engine = VLLMEngine(LLM(path, dtype=args.engine_dtype or "auto", **options | args.vllm_options))
     if args.engine_model is None and args.adapter is not None:
         engine.sync(model)
     return engine
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("trl_alp.doctor", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("model", help="the training model: a path, or a name on the hub")
-    add("--adapter", help="PEFT adapter of the training model")
-    add("--tokenizer", help="tokenizer of the trainer, if it is not the model's")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the training model")
-    add("--device", help="of the training model; a GPU if there is one")
-    add("--engine", default="vllm", help="vllm (in this process), transformers, or the URL of a vLLM server")
-    add("--engine-model", help="path of the engine's own copy; default: the training model")
-    add("--engine-dtype", choices=("float32", "bfloat16", "float16"), help="default: as the engine chooses")
-    add("--kv-cache-dtype", default="auto", help="of vLLM")
-    add("--logprobs-mode", default="processed_logprobs", help="of the engine; TRL's vLLM has processed_logprobs")
-    add("--vllm-options", default="{}", help='further arguments of vllm.LLM as JSON, {"enforce_eager": true} say')
-    add("--temperature", type=float, default=1.0)
-    add("--top-p", type=float, default=1.0)
-    add("--top-k", type=int, default=0)
-    add("--min-p", type=float, default=0.0)
-    add("--repetition-penalty", type=float, default=1.0)
-    add("--max-tokens", type=int, default=64)
-    add("--prompts", help="a .txt, .json or .jsonl file, or a dataset; default: a dozen built-in ones")
-    add("--num-completions", type=int, default=256)
-    add("--batch-size", type=int, default=16, help="rows scored at once")
-    add("--candidates", nargs="+", default=[], help="checkpoints or adapters that the engine may have instead")
-    add(
-        "--sync",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="sync the engine's weights and score again; default: yes, but for a server, which may be in use",
-    )
-    add("--seed", type=int, default=0)
-    add("--json", type=Path, help="write the diagnosis to this file")
-    add("--figure", type=Path, help="draw the gap to this PNG")
-    add("--no-progress", action="store_true")
-    return parser
 
 
 if __name__ == "__main__":

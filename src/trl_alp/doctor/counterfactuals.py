@@ -8,7 +8,7 @@ log-probs that the engine reports.
 import copy
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -87,13 +87,21 @@ class Case:
         self.raw = "temperature" if setting.temperature == 1.0 else "raw: without the temperature"
         self.padding = torch.zeros(())  # what the trainer's scorer adds to the reference
         self.scores: torch.Tensor | None = None  # the engine's own, of the same tokens at temperature 1
+        # ... and of its most probable tokens in each place, by token id; for each row, for each place
+        self.top: list[list[dict[int, float]]] | None = None
         self.scored: dict[tuple, torch.Tensor] = {}
+        self.scored_top: dict[tuple, torch.Tensor] = {}
 
     def reference(self, state: State, mode: str | None = None) -> torch.Tensor:
         """Log-probs without padding.  # (N,)"""
         mode = mode or state.mode
         self.score(state, [mode])
-        return self.scored[(*_forward_key(state), mode)]
+        return self.scored[(*self._forward_key(state), mode)]
+
+    def reference_top(self, state: State) -> torch.Tensor:
+        """Log-probs of the engine's most probable tokens, in the order of `top`.  # (M,)"""
+        self.score(state, [self.raw])
+        return self.scored_top[self._forward_key(state)]
 
     def predict(self, state: State) -> torch.Tensor:
         """What the trainer would have to see if `state` were true of the engine.  # (N,)"""
@@ -108,38 +116,48 @@ class Case:
 
     def score(self, state: State, modes: Sequence[str]) -> None:
         """Make the forward pass of a state once for several modes."""
-        key = _forward_key(state)
+        key = self._forward_key(state)
         missing = [mode for mode in modes if (*key, mode) not in self.scored]
-        if missing:
-            collected = self._forward(state, missing, lambda tokens, logps: logps.gather(-1, tokens[:, None])[:, 0])
-            for mode, rows in collected.items():
-                self.scored[(*key, mode)] = torch.cat(rows)
+        if not missing:
+            return
+        rows = {mode: [torch.empty(0)] * len(self.samples.completion_ids) for mode in missing}
+        top = [torch.empty(0)] * len(self.samples.completion_ids)
+        for mode, i, logps in self._forward(state, missing):
+            tokens = torch.tensor(self.samples.completion_ids[i], device=logps.device)
+            rows[mode][i] = logps.gather(-1, tokens[:, None])[:, 0].cpu()
+            if mode == self.raw and self.top is not None:
+                places = [t for t, step in enumerate(self.top[i]) for _ in step]
+                ids = [token for step in self.top[i] for token in step]
+                top[i] = logps[places, ids].cpu()
+        self.scored |= {(*key, mode): torch.cat(rows[mode]) for mode in missing}
+        if self.raw in missing:
+            self.scored_top[key] = torch.cat(top)
 
-    def _forward(self, state, modes, statistic) -> dict[str, list[torch.Tensor]]:
-        """A statistic of the full distributions, `statistic(tokens (T,), logps (T, vocabulary))`, of every row."""
+    def _forward(self, state, modes) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """Mode, row and full distributions of shape `(T, vocabulary)`, of every row in every mode."""
         prompt_ids, completion_ids = self.ids[state.ids], self.samples.completion_ids
         self.progress(_describe(state))
-        out = {mode: [torch.empty(0)] * len(prompt_ids) for mode in modes}
         with self._model(state.weights, state.numerics) as model:
             for i, logits in unpadded_logits(model, prompt_ids, completion_ids, self.batch_size, *state.shift):
-                tokens = torch.tensor(completion_ids[i], device=logits.device)
                 for mode in modes:
-                    logps = processed(logits, prompt_ids[i], completion_ids[i], self.modes[mode])
-                    out[mode][i] = statistic(tokens, logps).cpu()
-        return out
+                    yield mode, i, processed(logits, prompt_ids[i], completion_ids[i], self.modes[mode])
 
     def surprise(self, state: State, mode: str) -> float:
         """z of `sum(-log p(token) - entropy)`: 0 on average if the tokens were drawn from p, with variance 1."""
-
-        def moments(tokens, logps):
+        excess = total_variance = 0.0
+        for _, i, logps in self._forward(state, [mode]):
+            tokens = torch.tensor(self.samples.completion_ids[i], device=logps.device)
             finite = logps.masked_fill(torch.isinf(logps), 0.0)
             entropy = -(logps.exp() * finite).sum(-1)
             variance = (logps.exp() * finite.square()).sum(-1) - entropy.square()
             taken = finite.gather(-1, tokens[:, None])[:, 0]
-            return torch.stack([-taken - entropy, variance], -1)
+            excess += float((-taken - entropy).double().sum())
+            total_variance += float(variance.double().clamp(min=0).sum())
+        return excess / max(math.sqrt(total_variance), 1e-9)
 
-        rows = torch.cat(self._forward(state, [mode], moments)[mode]).double()
-        return float(rows[:, 0].sum() / rows[:, 1].clamp(min=0).sum().sqrt().clamp(min=1e-9))
+    def _forward_key(self, state: State) -> tuple:
+        ids = state.ids if self.ids["trainer"] != self.ids["engine"] else "trainer"
+        return state.shift, ids, state.weights, state.numerics
 
     @contextmanager
     def _model(self, weights: str, numerics: str):
@@ -271,10 +289,15 @@ def reported_modes(setting: GenerationSetting, generation_config) -> dict[str, G
     return modes
 
 
-def _forward_key(state: State) -> tuple:
-    return state.shift, state.ids, state.weights, state.numerics
-
-
 def _describe(state: State) -> str:
     changed = [f"{name}={value}" for name, value in asdict(state).items() if value != getattr(State(), name)]
     return "score " + (", ".join(changed) or "without padding")
+
+
+def is_lora(model: torch.nn.Module) -> bool:
+    """Whether the model has a LoRA adapter."""
+    if not hasattr(model, "disable_adapter"):
+        return False
+    from peft.tuners.lora import LoraLayer
+
+    return any(isinstance(module, LoraLayer) for module in model.modules())

@@ -1,16 +1,12 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
 """Inference engines as the doctor sees them: they sample, score fixed tokens, and take new weights.
 
-An engine of your own needs the five members of [`Engine`]; `score` and `sync` may raise `NotImplementedError`, and the
-doctor then says what it could not tell apart.
+An engine of your own needs the members of [`Engine`]; `score`, `score_top` and `sync` may raise `NotImplementedError`,
+and the doctor then says what it could not tell apart.
 """
 
 import copy
-import json
 import os
-import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -90,6 +86,11 @@ class Engine(Protocol):
     def score(self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]) -> list[list[float]]:
         """Log-probs of the given completions at temperature 1, without truncation or penalty."""
 
+    def score_top(
+        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], count: int
+    ) -> list[list[dict[int, float]]]:
+        """As `score`, of the `count` most probable tokens in the place of each token and of that token itself."""
+
     def sync(self, model: PreTrainedModel) -> None:
         """Take over the weights of the training model, in the way training does it."""
 
@@ -103,8 +104,11 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
 
 def plain_copy(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.nn.Module:
-    """A copy of the model with its adapter merged and its parameters, not its buffers, cast to `dtype`."""
+    """A copy of the model, its adapter merged, packed weights unpacked, and its parameters, not its buffers, cast to
+    `dtype`."""
     model = copy.deepcopy(model)
+    if packed(model):
+        _unpack(model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     if dtype is not None:
@@ -112,6 +116,32 @@ def plain_copy(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torc
             parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
     return model.eval()
+
+
+def packed(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters that hold packed integers, as bitsandbytes' 4-bit ones do."""
+    return [name for name, value in model.named_parameters() if not value.is_floating_point()]
+
+
+def _unpack(model: torch.nn.Module) -> None:
+    """Put a plain linear layer in the place of each packed one, its LoRA merged."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    dtype = next(value.dtype for value in model.parameters() if value.is_floating_point())
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            base = child.get_base_layer() if isinstance(child, LoraLayer) else child
+            if not isinstance(base, torch.nn.Linear) or base.weight.is_floating_point():
+                continue
+            weight = dequantize_module_weight(base).detach().to(dtype)
+            if base is not child:
+                weight = weight + sum(child.get_delta_weight(one).to(dtype) for one in child.active_adapters)
+            plain = torch.nn.Linear(weight.shape[1], weight.shape[0], base.bias is not None, weight.device, dtype)
+            plain.weight.data.copy_(weight)
+            if base.bias is not None:
+                plain.bias.data.copy_(base.bias)
+            setattr(parent, name, plain)
 
 
 def equal_lengths(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
@@ -228,164 +258,20 @@ class TransformersEngine:
             scores[i] = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
         return scores
 
+    def score_top(self, prompt_ids, completion_ids, count):
+        out: list[list[dict[int, float]]] = [[] for _ in prompt_ids]
+        for i, logits in unpadded_logits(self.model, prompt_ids, completion_ids, self.batch_size):
+            logps = logits.log_softmax(-1)
+            ids = logps.topk(min(count, logps.shape[-1]), -1).indices
+            ids = torch.cat([ids, torch.tensor(completion_ids[i], device=ids.device)[:, None]], -1)
+            values = logps.gather(-1, ids)
+            out[i] = [dict(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+        return out
+
     def sync(self, model):
         if self.quantization is not None:
             raise NotImplementedError("a quantised copy takes no new weights")
         self.model.load_state_dict(plain_copy(model).state_dict())
-
-
-class VLLMEngine:
-    """
-    vLLM in this process, as in TRL's colocate mode.
-
-    Args:
-        llm (`vllm.LLM`):
-            The engine. TRL runs its own with `logprobs_mode="processed_logprobs"`.
-
-    `sample` and `score` raise a `RuntimeError` if the engine sleeps.
-    """
-
-    def __init__(self, llm):
-        self.llm = llm
-        config = llm.llm_engine.vllm_config
-        self.dtype = config.model_config.dtype
-        self.kv_cache_dtype = config.cache_config.cache_dtype
-        self.quantization = config.model_config.quantization
-        self.logprobs_mode = config.model_config.logprobs_mode
-
-    def _check_awake(self):
-        # It would take requests and never answer.
-        if self.llm.llm_engine.is_sleeping():
-            raise RuntimeError(
-                "The engine sleeps and has thrown its weights away, so there is nothing to examine. In a run of TRL, "
-                "set `vllm_enable_sleep_mode=False` for the diagnosis."
-            )
-
-    def sample(self, prompts, setting, seed):
-        self._check_awake()
-        from vllm import SamplingParams
-
-        parameters = [
-            SamplingParams(
-                temperature=setting.temperature,
-                top_p=setting.top_p,
-                top_k=setting.top_k,
-                min_p=setting.min_p,
-                repetition_penalty=setting.repetition_penalty,
-                max_tokens=setting.max_tokens,
-                seed=seed * len(prompts) + i,
-                logprobs=0,  # the sampled token alone
-            )
-            for i in range(len(prompts))
-        ]
-        if isinstance(prompts[0], str):
-            outputs = self.llm.generate(list(prompts), parameters, use_tqdm=False)
-        else:
-            outputs = self.llm.chat(list(prompts), parameters, use_tqdm=False)
-        completions = [output.outputs[0] for output in outputs]
-        return Samples(
-            [list(output.prompt_token_ids) for output in outputs],
-            [list(completion.token_ids) for completion in completions],
-            [[step[t].logprob for t, step in zip(c.token_ids, c.logprobs, strict=True)] for c in completions],
-        )
-
-    def score(self, prompt_ids, completion_ids):
-        self._check_awake()
-        from vllm import SamplingParams
-
-        rows = [list(p) + list(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
-        # vLLM scores prompts at temperature 1 and without processors in every `logprobs_mode`.
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": row} for row in rows],
-            SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
-            use_tqdm=False,
-        )
-        return [
-            [output.prompt_logprobs[t][row[t]].logprob for t in range(len(prompt), len(row))]
-            for output, row, prompt in zip(outputs, rows, prompt_ids, strict=True)
-        ]
-
-    def sync(self, model):
-        if self.quantization is not None:
-            raise NotImplementedError("a quantised copy takes no new weights")
-        with tempfile.TemporaryDirectory() as folder:
-            plain_copy(model).save_pretrained(folder)
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-        self.llm.reset_prefix_cache()
-
-
-class VLLMServerEngine:
-    """
-    A vLLM server, as in TRL's server mode, through TRL's [`~trl.generation.vllm_client.VLLMClient`].
-
-    Args:
-        url (`str`):
-            Base URL, as in `http://localhost:8000`. The server needs `VLLM_SERVER_DEV_MODE=1`, as for TRL.
-
-    Raises:
-        `ConnectionError`: If no server answers.
-        `ImportError`: If vLLM is not installed here, which TRL's client needs.
-    """
-
-    def __init__(self, url: str):
-        from trl.generation.vllm_client import VLLMClient
-
-        self.client = VLLMClient(base_url=url)
-        info = self.client.get_server_info()
-        dtype = str(info["model_config"]["dtype"]).removeprefix("torch.")
-        self.dtype = getattr(torch, dtype, None)
-        self.kv_cache_dtype = info["cache_config"]["cache_dtype"]
-        self.quantization = info["model_config"]["quantization"]
-        self.logprobs_mode = info["model_config"]["logprobs_mode"]
-        self._connected = False
-
-    def sample(self, prompts, setting, seed):
-        generate = self.client.generate if isinstance(prompts[0], str) else self.client.chat
-        out = generate(
-            list(prompts),
-            temperature=setting.temperature,
-            top_p=setting.top_p,
-            top_k=setting.top_k,
-            min_p=setting.min_p,
-            repetition_penalty=setting.repetition_penalty,
-            max_tokens=setting.max_tokens,
-        )  # without the seed: one request has one, so equal prompts would get equal completions
-        logprobs = [
-            [
-                dict(zip(ids, values, strict=True))[token]
-                for token, ids, values in zip(row, row_ids, row_values, strict=True)
-            ]
-            for row, row_ids, row_values in zip(
-                out["completion_ids"], out["logprob_token_ids"], out["logprobs"], strict=True
-            )
-        ]
-        logprobs = [[float("nan") if value is None else value for value in row] for row in logprobs]
-        return Samples(out["prompt_ids"], out["completion_ids"], logprobs)
-
-    def score(self, prompt_ids, completion_ids):
-        rows = [list(p) + list(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
-        body = {"model": self.client.model, "prompt": rows, "max_tokens": 1, "prompt_logprobs": 0}
-        request = urllib.request.Request(
-            f"{self.client.base_url}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request) as answer:
-                choices = json.load(answer)["choices"]
-        except urllib.error.HTTPError as error:
-            raise NotImplementedError(f"the server does not score prompts: {error.read().decode()[:300]}") from error
-        return [
-            [choice["prompt_logprobs"][t][str(row[t])]["logprob"] for t in range(len(prompt), len(row))]
-            for choice, row, prompt in zip(choices, rows, prompt_ids, strict=True)
-        ]
-
-    def sync(self, model):
-        if not self._connected:
-            self.client.init_communicator(device=model.device)
-            self._connected = True
-        self.client.update_model_params(plain_copy(model))
-        self.client.reset_prefix_cache()
 
 
 def check_logprobs_mode(mode: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .diagnosis import Diagnosis
+from .findings import Diagnosis
 
 
 def draw(diagnosis: Diagnosis, path: str | Path) -> None:

@@ -14,6 +14,15 @@ from ..mismatch import kl_estimates, percentiles
 MAX_KL = 0.01
 # NeMo-RL's guide to new models: mean(exp(|p - q|)) above 1.05 needs a look.
 MAX_PROBABILITY_ERROR = 1.05
+# Nats per token. Two fp32 implementations agree to 1e-5 (docs/compatibility.md); no gap below this is looked into.
+FLOOR = 1e-4
+# Rounding differs between kernels: up to this many times the rounding of transformers in the engine's dtype counts as
+# precision. Measured with vLLM in bf16, with and without an fp8 KV cache: 0.9 to 1.5 times.
+ROUNDING_FACTOR = 3.0
+# A hypothesis is believed if what it removes is this many standard errors of the mean above 0, over tokens.
+MIN_T = 5.0
+# TRL's default `epsilon`: outside of 1 - epsilon to 1 + epsilon a token's gradient may be clipped.
+CLIP_RANGE = (0.8, 1.2)
 PROBABILITY_EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -35,6 +44,12 @@ def gap_statistics(gap: torch.Tensor) -> dict[str, float]:
         "kl_k3": float(kl["kl/k3"]),
         "probability_error": float(gap.abs().clamp(max=20).exp().mean()),
     }
+
+
+def share_outside(gap: torch.Tensor, low: float, high: float) -> float:
+    """Share of the tokens whose ratio `exp(p - q)` is outside of `[low, high]`."""
+    ratio = gap.double().exp()
+    return float(((ratio < low) | (ratio > high)).double().mean()) if gap.numel() else 0.0
 
 
 def within_published(statistics: dict[str, float]) -> bool:
