@@ -34,7 +34,7 @@ from train_alp import ScriptArguments, load_problems, math_reward
 from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
+from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, ConsoleCallback
 
 
 SYSTEM = {
@@ -123,6 +123,7 @@ def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args:
         tools=[python],
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        callbacks=[ConsoleCallback()],
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)

@@ -31,7 +31,7 @@ from math_verify import parse, verify
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, instrument
+from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, ConsoleCallback, instrument
 from trl_alp.checks import check_dataset
 
 

@@ -41,7 +41,11 @@ def test_a_run_keeps_its_log_and_an_envelope_for_each_logging_step(tmp_path):
     trainer = tiny.trainer(tmp_path, alp_monitor_every=2, logging_steps=2, **OFF_POLICY)
     trainer.train()
     assert lines(tmp_path) == json.loads(json.dumps(trainer.state.log_history))
-    assert sorted(path.name for path in (tmp_path / "alp").iterdir()) == ["envelope.jsonl", "metrics.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "alp").iterdir()) == [
+        "config.json",
+        "envelope.jsonl",
+        "metrics.jsonl",
+    ]
     envelope = envelope_of(tmp_path)
     assert list(envelope.columns) == COLUMNS and envelope["step"].unique().tolist() == [2, 4]
     envelope = envelope[envelope["step"] == 4]
@@ -50,6 +54,13 @@ def test_a_run_keeps_its_log_and_an_envelope_for_each_logging_step(tmp_path):
     last = trainer.state.log_history[1]
     assert update["min"].min() == pytest.approx(last["alp/token/log_ratio/min"], rel=0.02)
     assert (update["tokens"] > 0).all() and (update["p02"] <= update["p98"]).all()
+
+
+def test_a_run_keeps_its_settings_with_tokens_masked(tmp_path):
+    tiny.trainer(tmp_path, hub_token="secret", learning_rate=3e-4).train()
+    text = (tmp_path / "alp" / "config.json").read_text()
+    config = json.loads(text)
+    assert config["trainer"] == "ALPGRPOTrainer" and config["learning_rate"] == 3e-4 and "secret" not in text
 
 
 def test_a_resumed_run_goes_on_with_the_log_of_its_checkpoint(tmp_path):

@@ -116,14 +116,14 @@ class Instruments:
         self._compared = False
         self._warned: set[_Bound] = set()
 
-    def begin(self, step: int, history: Iterable[dict[str, Any]] = ()) -> None:
+    def begin(self, step: int, history: Iterable[dict[str, Any]] = (), config: dict[str, Any] | None = None) -> None:
         """Start measuring at a step: 0, or that of the checkpoint a run is resumed from, whose log so far is
-        `history`."""
+        `history`. `config` are the settings to be kept beside the log."""
         for meter in self.meters.values():  # an interrupted run may have left something
             meter.reset()
         self._staleness = [0, 0]
         if self.accelerator.is_main_process:
-            self.files.begin(step, history)
+            self.files.begin(step, history, config)
 
     def record(
         self,

@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
-"""What a run leaves in `output_dir/alp/`: its log and its envelope, one JSON object a line.
+"""What a run leaves in `output_dir/alp/`: its settings, and its log and envelope, one JSON object a line.
 
 Nothing here ends a run: what cannot be written is warned of once, and training goes on.
 """
@@ -21,6 +21,7 @@ logger = get_logger(__name__)
 FOLDER = "alp"  # in the trainer's output_dir
 LOG = "metrics.jsonl"
 ENVELOPE = "envelope.jsonl"
+CONFIG = "config.json"
 
 
 class RunFiles:
@@ -39,7 +40,7 @@ class RunFiles:
         self.enabled = enabled
         self._begun = self._failed = False
 
-    def begin(self, step: int, history: Iterable[dict[str, Any]] = ()) -> None:
+    def begin(self, step: int, history: Iterable[dict[str, Any]] = (), config: dict[str, Any] | None = None) -> None:
         """
         Make room for a run, or take up the files of the one that is resumed.
 
@@ -48,6 +49,8 @@ class RunFiles:
                 0, or that of the checkpoint a run is resumed from.
             history (`Iterable[dict]`, *optional*):
                 The trainer's log up to there, which begins a log that is not there yet.
+            config (`dict`, *optional*):
+                The settings of the run, for the report to tell runs apart.
         """
         # A log of another run that cannot be moved away is not written into.
         self._begun = step > 0
@@ -64,6 +67,10 @@ class RunFiles:
                 os.rename(self.folder, kept)
                 logger.warning(f"{self.folder} held the log of another run, which is now {kept}; delete what is old.")
             self._begun = True
+            if config is not None:
+                os.makedirs(self.folder, exist_ok=True)
+                with open(self._path(CONFIG), "w") as file:
+                    json.dump(config, file, indent=1, default=str)
 
     def append(self, name: str, entries: Iterable[dict[str, Any]]) -> None:
         """Add entries to the file `name` ([`LOG`] or [`ENVELOPE`])."""

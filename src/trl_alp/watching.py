@@ -173,7 +173,10 @@ class Watcher(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._pending, self._rewards = {}, [0, 0]
-        self.trainer.instruments.begin(state.global_step, state.log_history)
+        model = getattr(self.trainer.model.config, "_name_or_path", "")
+        # `to_dict` masks tokens.
+        config = {"trainer": type(self.trainer).__name__, "model": model} | args.to_dict()
+        self.trainer.instruments.begin(state.global_step, state.log_history, config)
 
     def watch_logging(self, maybe_log: Callable, *args, **kwargs):
         state = self.trainer.state
@@ -382,6 +385,7 @@ def attach_instruments(trainer: GRPOTrainer, level: str, **kwargs) -> None:
             "push_to_hub=True uploads `output_dir/alp/`, the log and the envelope of the run, with the model; "
             "`alp_log_files=False` writes none."
         )
+    attach_console(trainer)
     # TRL's own sequence level makes the geometric mean of the token ratios.
     level = "sequence_geometric" if trainer.importance_sampling_level == "sequence" else level
     neftune = bool(trainer.args.neftune_noise_alpha)
