@@ -8,6 +8,8 @@ from pathlib import Path
 
 import trl_alp
 import trl_alp.doctor
+import trl_alp.instruments
+import trl_alp.mismatch
 import trl_alp.noise
 import trl_alp.perturbation
 import trl_alp.ratio
@@ -16,7 +18,7 @@ import trl_alp.report
 
 PAGE = Path(__file__).with_name("api.md")
 SECTIONS = {
-    "Training": [trl_alp.ALPGRPOTrainer, trl_alp.ALPGRPOConfig, trl_alp.instrument],
+    "Training": [trl_alp.ALPGRPOTrainer, trl_alp.ALPGRPOConfig, trl_alp.instrument, trl_alp.ConsoleCallback],
     "The method by itself": [
         trl_alp.LayerwisePerturbation,
         trl_alp.noise.add_noise,

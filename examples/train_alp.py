@@ -166,6 +166,7 @@ def main(script_args: ScriptArguments, training_args: GRPOConfig, model_args: Mo
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        callbacks=[ConsoleCallback()],
     )
     instrument(trainer)  # a stock trainer logs what ALP logs; ALP's own has the instruments already
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -663,12 +663,12 @@ def test_the_commands_from_training_to_a_report_run_as_documented_at_tiny_size(t
     commands = {
         "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
         "python": [],
-        "trl-alp-report": ["-m", "trl_alp.report"],
+        "trl-alp": ["-m", "trl_alp"],
     }
     more = {
         "accelerate": [str(x) for key, value in small.items() for x in (f"--{key}", value)],
         "python": ["--samples", "2", "--k", "1", "2", "--max_new_tokens", "8", "--limit", "3"],
-        "trl-alp-report": [],
+        "trl-alp": [],
     }
     stand_ins = {"Qwen/Qwen2.5-1.5B-Instruct": language_model, "gsm8k": GSM8K, "vllm": "transformers"}
     for line in documented_lines("examples/README.md"):

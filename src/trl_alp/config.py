@@ -84,7 +84,7 @@ class ALPGRPOConfig(GRPOConfig):
             Whether to log sigma and its gradient of every perturbed layer, two columns each, beside their mean and
             range.
         alp_log_files (`bool`, *optional*, defaults to `True`):
-            Whether to write the log and the envelope of the mismatch to `output_dir/alp/`, for `trl-alp-report`.
+            Whether to write the log and the envelope of the mismatch to `output_dir/alp/`, for `trl-alp report`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
