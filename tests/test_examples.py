@@ -53,7 +53,8 @@ def test_train_alp_runs_under_accelerate_launch_on_gsm8k_with_yaml_and_lora(tmp_
     )
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
     printed = run("train_alp.py", "--config", tmp_path / "config.yaml", cwd=tmp_path, launcher=launcher)
-    assert "alp/sigma/mean" in printed and "rewards/math_reward/mean" in printed
+    assert "step 1/2  reward " in printed and "  sigma " in printed
+    assert "rewards/math_reward/mean" in (tmp_path / "out" / "alp" / "metrics.jsonl").read_text()
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert "2603.19470" in (tmp_path / "out" / "README.md").read_text()
 
