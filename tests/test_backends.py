@@ -253,3 +253,46 @@ def run(out, resume=None, zero=0, fsdp2=0, fp16=0, lora=0, **overrides):
 
 if __name__ == "__main__":
     run(sys.argv[1], **dict(pair.split("=") for pair in sys.argv[2:]))
+
+
+@pytest.mark.slow
+@needs_bitsandbytes
+def test_doctor_calls_a_qlora_model_and_its_dense_copy_healthy_and_names_a_packed_sync(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
+
+    from trl_alp.doctor import GenerationSetting, TransformersEngine, diagnose
+    from trl_alp.doctor.engines import packed, plain_copy
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"vocab_size": len(tiny.tokenizer()), "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    Qwen2ForCausalLM(
+        Qwen2Config(num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1, **size, **ids)
+    ).save_pretrained(tmp_path / "base")
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantized, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    assert len(packed(model)) == 14
+    model(torch.tensor([[3, 4, 5]]))  # on a CPU, bitsandbytes packs anew in the first forward
+    dense = plain_copy(model)
+    assert not packed(dense)
+    dense.save_pretrained(tmp_path / "dense")  # as a plain model
+    assert not packed(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
+
+    class PackedSync(TransformersEngine):
+        def sync(self, model):
+            layer = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+            with torch.no_grad():
+                self.model.model.layers[0].self_attn.q_proj.weight.copy_(layer.weight)
+
+    prompts, setting = [f"{i}+{i % 5}=" for i in range(64)], GenerationSetting(max_tokens=12)
+    healthy = diagnose(model, tiny.tokenizer(), TransformersEngine(dense, tiny.tokenizer()), prompts, setting)
+    assert healthy.healthy, healthy.verdict
+    broken = diagnose(model, tiny.tokenizer(), PackedSync(plain_copy(model), tiny.tokenizer()), prompts, setting)
+    assert broken.cause == "weights" and "14 packed tensors" in broken.verdict, broken.verdict

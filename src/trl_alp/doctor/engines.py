@@ -126,7 +126,6 @@ def packed(model: torch.nn.Module) -> list[str]:
 def _unpack(model: torch.nn.Module) -> None:
     """Put a plain linear layer in the place of each packed one, its LoRA merged."""
     from peft.tuners.lora import LoraLayer
-    from peft.utils.integrations import dequantize_module_weight
 
     dtype = next(value.dtype for value in model.parameters() if value.is_floating_point())
     for parent in list(model.modules()):
@@ -134,7 +133,11 @@ def _unpack(model: torch.nn.Module) -> None:
             base = child.get_base_layer() if isinstance(child, LoraLayer) else child
             if not isinstance(base, torch.nn.Linear) or base.weight.is_floating_point():
                 continue
-            weight = dequantize_module_weight(base).detach().to(dtype)
+            # What the layer makes of the unit vectors: bitsandbytes packs in several ways, on a CPU anew in a forward.
+            units = torch.eye(base.in_features, dtype=dtype, device=base.weight.device)
+            with torch.no_grad():
+                weight = base(units)
+                weight = (weight if base.bias is None else weight - base.bias).T.to(dtype)
             if base is not child:
                 weight = weight + sum(child.get_delta_weight(one).to(dtype) for one in child.active_adapters)
             plain = torch.nn.Linear(weight.shape[1], weight.shape[0], base.bias is not None, weight.device, dtype)
@@ -142,6 +145,12 @@ def _unpack(model: torch.nn.Module) -> None:
             if base.bias is not None:
                 plain.bias.data.copy_(base.bias)
             setattr(parent, name, plain)
+    for module in model.modules():  # else it would be saved, and taken, as a quantised one
+        if getattr(getattr(module, "config", None), "quantization_config", None) is not None:
+            del module.config.quantization_config
+        if getattr(module, "hf_quantizer", None) is not None:
+            module.hf_quantizer, module.is_quantized = None, False
+            module.is_loaded_in_4bit = module.is_loaded_in_8bit = False
 
 
 def equal_lengths(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .counterfactuals import Case, State
-from .engines import Engine
+from .engines import Engine, packed
 from .findings import Finding, evidence_row
 from .gap import (
     CLIP_RANGE,
@@ -165,7 +165,8 @@ def precision(engine: Engine) -> str:
 
 
 def _exact(case: Case) -> str:
-    return "as loaded" if case.model.dtype == torch.float32 else "float32"
+    """Numerics without rounding; kernels for packed weights may compute in 16 bits, whatever the model's dtype is."""
+    return "as loaded" if case.model.dtype == torch.float32 and not packed(case.model) else "float32"
 
 
 def _numerics(case: Case) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from .counterfactuals import Case, Scorer, State, is_lora
+from .engines import packed
 from .findings import Finding
 from .gap import FLOOR, ROUNDING_FACTOR, gap_statistics, magnitude, share_outside, within_published
 from .weights import flat
@@ -69,14 +70,15 @@ def merge_cycle(case: Case) -> tuple[list[Finding], dict[str, float]]:
 
     In fp32 it leaves rounding that does not grow; in 16 bits each cycle adds to it.
     """
-    if not is_lora(case.model):
+    if not is_lora(case.model) or packed(case.model):  # merging into packed weights quantises them anew
         return [], {}
+    from peft.tuners.lora import LoraLayer
+
     after = copy.deepcopy(case.model)
-    weights = [layer.get_base_layer().weight for layer in after.modules() if hasattr(layer, "get_base_layer")]
+    weights = [layer.get_base_layer().weight for layer in after.modules() if isinstance(layer, LoraLayer)]
     before = [weight.detach().clone() for weight in weights]
     after.merge_adapter()
     after.unmerge_adapter()
-    weights = [layer.get_base_layer().weight for layer in after.modules() if hasattr(layer, "get_base_layer")]
     changed = sum(int((new != old).sum()) for new, old in zip(weights, before, strict=True))
     share = changed / sum(weight.numel() for weight in before)
     case.candidates[_CYCLE] = after
