@@ -49,10 +49,12 @@ def test_it_takes_the_place_of_what_prints_the_whole_row(tmp_path, capsys, kind,
 
 
 def test_every_leaves_out_the_steps_between(tmp_path, capsys):
-    trainer = tiny.trainer(tmp_path, max_steps=4, callbacks=[ConsoleCallback(every=2)])
+    # Rollouts of two updates: every second row of the log has no reward.
+    trainer = tiny.trainer(tmp_path, max_steps=6, steps_per_generation=2, callbacks=[ConsoleCallback(every=3)])
     trainer.train()
-    printed = [text.split()[1] for text in capsys.readouterr().out.splitlines() if text.startswith("step")]
-    assert printed == ["2/4", "4/4"]
+    trainer.evaluate(tiny.prompts(4))
+    printed = [text.split()[:2] for text in capsys.readouterr().out.splitlines()]
+    assert printed == [["step", "3/6"], ["step", "6/6"], ["done:", "6"], ["eval", "6/6"]]
     with pytest.raises(ValueError, match="every=0 is out of range"):
         ConsoleCallback(every=0)
 

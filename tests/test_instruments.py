@@ -494,7 +494,7 @@ def test_a_crossed_bound_is_warned_about_once_with_its_source_and_a_way_out(tmp_
     staleness = 3 if bound in UPDATE_HEALTH else 0
     record(instruments, gap, staleness).flush(1)
     assert len(re.findall(rf"alp/{metric}=\S+ is {side} \({re.escape(bound.source)}\)", caplog.text)) == 1
-    assert "trl-alp-doctor" in caplog.text
+    assert "trl-alp doctor" in caplog.text
     advice = {FRESH_HEALTH: "These rollouts are fresh", UNSCORED_HEALTH: "left out of the ratio"}
     assert next((text for bounds, text in advice.items() if bound in bounds), "take fewer updates") in caplog.text
     record(instruments, gap, staleness).flush(2)

@@ -495,6 +495,7 @@ def test_a_folder_of_runs_lists_them(tmp_path, capsys):
     assert main([str(tmp_path / "runs")]) == 2
     runs = tmp_path / "runs"
     assert f"holds no log, but runs lie below it: {runs / 'a'} {runs / 'b'}" in capsys.readouterr().err
+    assert not (runs / "report").exists()
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys):
@@ -536,3 +537,14 @@ def test_ten_thousand_steps_of_many_columns_stay_small(tmp_path):
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 300 * 1024  # KiB
     assert (tmp_path / "run" / "report" / "index.html").stat().st_size < 3e6
+
+
+def test_the_sample_of_the_docs_is_made_from_the_committed_logs(tmp_path):
+    docs = Path(__file__).parent.parent / "docs"
+    pages = report(sorted((docs / "samples").iterdir()), tmp_path), docs / "assets" / "sample_report" / "index.html"
+    answer, committed = (
+        text[text.index("<tbody>") : text.index("</tbody>")] for text in (page.read_text() for page in pages)
+    )
+    assert answer == committed and "alp_enabled=False" in answer
+    assert "0.442<small>± 0.33" in answer and "0.447<small>± 0.3<" in answer
+    assert "0.442 ± 0.33 against 0.447 ± 0.30" in (docs / "report.md").read_text()

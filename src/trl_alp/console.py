@@ -79,7 +79,7 @@ class ConsoleCallback(ProgressCallback):
             super().on_train_end(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        due = state.global_step % self.every == 0 or "reward" not in logs
+        due = state.global_step % self.every == 0 or any(key.startswith(("eval_", "train_runtime")) for key in logs)
         if state.is_world_process_zero and logs and due:
             tqdm.write(line(logs, state.global_step, state.max_steps))
 

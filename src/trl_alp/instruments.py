@@ -290,7 +290,7 @@ class Instruments:
 _ENGINE_ADVICE = (
     "These rollouts are fresh: the weights that score are those that sampled. So the gap is the inference engine's "
     "(weights that were not synced, log-probs of another distribution, other tokens, low precision) or dropout's, "
-    "LoRA's included. `trl-alp-doctor` tells which; mend it before tuning anything else."
+    "LoRA's included. `trl-alp doctor` tells which; mend it before tuning anything else."
 )
 _NO_ENGINE_ADVICE = (
     "These rollouts are fresh and no engine reported log-probs: one policy scored the same tokens twice and disagrees "
@@ -300,18 +300,18 @@ _DROPOUT = "Usually this is dropout: set `disable_dropout=True`, and `lora_dropo
 _NEFTUNE = "This is NEFTune's noise: set `neftune_noise_alpha=None`."
 _UNSCORED_ADVICE = (
     "Tokens whose log-prob is not finite, the policy's or the behaviour policy's, are left out of the ratio; so many "
-    "are a fault. Look at the `logprobs` that the engine or the `rollout_func` returns, or run `trl-alp-doctor`."
+    "are a fault. Look at the `logprobs` that the engine or the `rollout_func` returns, or run `trl-alp doctor`."
 )
 _NOISE_ADVICE = "The noise is part of it; `alp_monitor_every=10` logs the ratio without noise beside it. "
 _STALE_ADVICE = (
     "The policy of the update is far from the one that sampled: take fewer updates per batch of rollouts "
     "(`steps_per_generation`, `num_iterations`) or a lower learning rate. If it is as far at `alp/staleness` 0, look "
-    "at the inference engine: run `trl-alp-doctor`."
+    "at the inference engine: run `trl-alp doctor`."
 )
 _FRESH_ADVICE = (
     "The policy of the update is far from the one that sampled, though no update lies between them "
     "(`alp/staleness` is 0): with ALP's noise on, look at `alp/noise/kl/k3` and lower `alp_sigma_init`; else look at "
-    "the inference engine: run `trl-alp-doctor`."
+    "the inference engine: run `trl-alp doctor`."
 )
 
 

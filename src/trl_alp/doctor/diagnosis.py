@@ -119,14 +119,14 @@ def diagnose(
         case.scores = probe.before if probe.after is None else probe.after
         ask_top(engine, case)
         if broken:
-            own, of_trainer = [], {}
+            varying, merged, of_trainer = [], [], {}
         else:
             progress("score in another batch shape")
             varying, of_trainer = batch_variance(case, score, own_rounding(case))
             merged, of_merging = merge_cycle(case)
-            own, of_trainer = [*varying, *merged], of_trainer | of_merging
+            of_trainer |= of_merging
         variance = of_trainer.get("batch_variance", 0.0)
-        examined = examine(case, p, q, probe.changed, variance)
+        examined = examine(case, p, q, probe.changed, variance, bool(varying))
         findings, tokens = examined.findings, examined.tokens
         if probe.changed:
             # The weights are one cause; fresh samples of the synced engine show what the others are.
@@ -134,7 +134,7 @@ def diagnose(
             fresh, *gap = gather(seed + 1)
             fresh.scores = flat(engine.score(fresh.samples.prompt_ids, fresh.samples.completion_ids))
             ask_top(engine, fresh)
-            findings = examine(fresh, *gap, probe.changed, variance).findings
+            findings = examine(fresh, *gap, probe.changed, variance, bool(varying)).findings
             if weights.cause == "weights" or not any(finding.cause == "weights" for finding in findings):
                 findings.append(weights)
             tokens["explained"] = (p + (probe.before - probe.after) / setting.temperature)[known]
@@ -143,7 +143,7 @@ def diagnose(
             predicts = "a sync changes the engine's scores by just the gap"
             row = evidence_row("staleness", "weights older than the trainer's", predicts, left, total)
             examined.evidence.append(row)
-        findings += [*lost, *own, *failed_sync(model, probe, examined.statistics["abs_mean"])]
+        findings += [*lost, *varying, *merged, *failed_sync(model, probe, examined.statistics["abs_mean"])]
         findings = sorted(findings, key=lambda finding: finding.gap_after - finding.gap_before)
 
         statistics = {"tokens": len(q), "unscored": int((~known).sum())} | examined.statistics | of_trainer

@@ -52,7 +52,9 @@ class Examination:
     tokens: dict[str, torch.Tensor]
 
 
-def examine(case: Case, p: torch.Tensor, q: torch.Tensor, sync_changed: bool | None, variance: float) -> Examination:
+def examine(
+    case: Case, p: torch.Tensor, q: torch.Tensor, sync_changed: bool | None, variance: float, varying: bool
+) -> Examination:
     """
     Look for what makes the gap `p - q`.
 
@@ -65,6 +67,8 @@ def examine(case: Case, p: torch.Tensor, q: torch.Tensor, sync_changed: bool | N
             Whether a sync changed the engine's scores; `None` if there was none.
         variance (`float`):
             How far the trainer disagrees with itself, in nats. No smaller gap is looked into.
+        varying (`bool`):
+            Whether that is a finding already.
 
     Returns:
         [`Examination`].
@@ -77,7 +81,8 @@ def examine(case: Case, p: torch.Tensor, q: torch.Tensor, sync_changed: bool | N
 
     case.score(State(), list(case.modes))
     case.padding = p - case.reference(State())
-    floor = max(rounding(case), variance)
+    dtypes = rounding(case)
+    floor = max(dtypes, variance)
     hypotheses = _hypotheses(case)
     total = left(p)
     evidence = []
@@ -133,12 +138,12 @@ def examine(case: Case, p: torch.Tensor, q: torch.Tensor, sync_changed: bool | N
     rounded = size <= max(FLOOR, ROUNDING_FACTOR * floor)
     if unexplained and engine.quantization is not None and not within:
         findings.append(Finding("precision", f"weights quantised by {engine.quantization}", size, remainder))
-    elif unexplained and rounded and not within and ROUNDING_FACTOR * rounding(case) >= size:
+    elif unexplained and rounded and not within and not (varying and size > ROUNDING_FACTOR * dtypes):
         findings.append(Finding("precision", f"rounding in {precision(engine)}", size, remainder))
     elif unexplained and not rounded and engine.quantization is None and not (within and findings):
         what = f"{size:.2g} nats are left, where rounding in {precision(engine)} makes {floor:.2g}"
         findings.append(Finding("unknown", f"{what}; {_ruled_out(case)}", size, remainder))
-    statistics["rounding"] = rounding(case)
+    statistics["rounding"] = dtypes
     positions = torch.cat([torch.arange(len(row)) for row in case.samples.completion_ids])
     tokens = {"trainer": p[known], "engine": q[known], "explained": now[known], "position": positions[known]}
     return Examination(findings, evidence, statistics, tokens)

@@ -8,6 +8,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 
@@ -47,16 +48,8 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         parameters = [
-            SamplingParams(
-                temperature=setting.temperature,
-                top_p=setting.top_p,
-                top_k=setting.top_k,
-                min_p=setting.min_p,
-                repetition_penalty=setting.repetition_penalty,
-                max_tokens=setting.max_tokens,
-                seed=seed * len(prompts) + i,
-                logprobs=0,  # the sampled token alone
-            )
+            # logprobs=0: of the sampled token alone
+            SamplingParams(**asdict(setting), seed=seed * len(prompts) + i, logprobs=0)
             for i in range(len(prompts))
         ]
         if isinstance(prompts[0], str):
@@ -130,15 +123,8 @@ class VLLMServerEngine:
 
     def sample(self, prompts, setting, seed):
         generate = self.client.generate if isinstance(prompts[0], str) else self.client.chat
-        out = generate(
-            list(prompts),
-            temperature=setting.temperature,
-            top_p=setting.top_p,
-            top_k=setting.top_k,
-            min_p=setting.min_p,
-            repetition_penalty=setting.repetition_penalty,
-            max_tokens=setting.max_tokens,
-        )  # without the seed: one request has one, so equal prompts would get equal completions
+        # Without the seed: one request has one, so equal prompts would get equal completions.
+        out = generate(list(prompts), **asdict(setting))
         logprobs = [
             [
                 dict(zip(ids, values, strict=True))[token]

@@ -15,7 +15,7 @@ ENOUGH = 20  # logged rewards, for a verdict
 WINDOW = 0.1  # "final" is the mean over this last share of the logged values, "best" the best such window
 # Of the trainer's arguments: where a run writes, and what makes it a seed of its setting.
 _NOT_SETTINGS = re.compile(
-    r"(^|_)(dir|seed|name|path|report_to|local_rank|token|project|space_id)$|^hub_|^trackio|^log"
+    r"(^|_)(dir|seed|name|path|report_to|local_rank|token|project|space_id|checkpoint)$|^hub_|^trackio|^log"
 )
 # Student's t at 97.5 %, for 1 to 10 degrees of freedom (any table).
 _T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .answer import WINDOW
 from .reading import PERCENTILES, Run
 
 
@@ -25,7 +26,6 @@ MOST_FACETS = 12  # settings drawn in a panel each
 MOST_IN_LEGEND = 12
 SMOOTHED = 25  # lines are running means over this part of the log; staleness alone makes a saw of most
 MOST_POINTS = 400  # of a curve
-WINDOW = 0.1  # "final" is the mean over this last share of the logged values
 FEWEST_TOKENS = 50  # in a bin; of fewer the 2nd percentile is the minimum
 
 
@@ -77,11 +77,14 @@ def lines(
         series = [values for run in runs if (values := run.series(*keys)) is not None]
         if series:
             curves[name] = mean_and_range(series)
-    positive = [mean[mean > 0] for _, mean, *_ in curves.values()]
-    if not curves or (scale == "log" and not any(map(len, positive))):
+    if not curves or (scale == "log" and not any((mean > 0).any() for _, mean, *_ in curves.values())):
         return None
     # What a log axis cannot show is drawn at its floor.
-    floor = min(values.min() for values in positive if len(values)) if scale == "log" else -np.inf
+    floor = -np.inf
+    if scale == "log":
+        floor = min(
+            values[values > 0].min() for _, *drawn in curves.values() for values in drawn if (values > 0).any()
+        )
     figure = Figure(figsize=(5.6, 3.5), layout="constrained")
     axis = figure.subplots()
     handles = {}

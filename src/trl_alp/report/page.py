@@ -74,6 +74,7 @@ def make_report(run_dirs, output=None, labels=None) -> tuple[Path, list[str]]:
     output = Path(output) if output else (paths[0] if len(by_path) == 1 else Path()) / "report"
     if len(by_path) == 1 and not paths[0].is_dir():
         raise ValueError(f"{paths[0]} does not exist, or is no folder. Give the `output_dir` of a run.")
+    fresh = not output.exists()
     _make_writable(output)
     runs, failures = [], []
     for path, setting in tqdm(by_path.items(), desc="reading", unit="run", disable=None):
@@ -82,6 +83,8 @@ def make_report(run_dirs, output=None, labels=None) -> tuple[Path, list[str]]:
         except ValueError as error:
             failures.append(str(error))
     if not runs:
+        if fresh:
+            output.rmdir()
         raise ValueError("\n".join(failures))
     settings: dict[str, list[Run]] = {}
     for run in runs:
