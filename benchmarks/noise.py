@@ -6,9 +6,9 @@
     python benchmarks/noise.py --sweep                                 # on a GPU, also other numbers of warps
 
 The floor is the bytes that must move (the forward reads and writes the hidden state, the backward reads its gradient)
-over the bandwidth of a large copy measured in the same run. On a GPU the times are medians of
-`triton.testing.do_bench`, which empties the cache before each repetition; below a few megabytes they are times of
-launching. Needs torch, Triton and the sources of this package, nothing else; meant to take under two minutes.
+over the bandwidth of a large copy measured in the same run. On a GPU the times are those of the device, its cache
+emptied before each repetition: it is held up while the host launches, so that launching is not in them (`host.py` is
+about that). Needs torch, Triton and the sources of this package, nothing else; meant to take under two minutes.
 """
 
 import argparse
@@ -33,15 +33,31 @@ from trl_alp.noise import NoiseLevels, add_noise, noise_triton  # noqa: E402
 def milliseconds(function, device: str) -> float:
     """Median time of one call."""
     if device == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(function, warmup=10, rep=60, return_mode="median")
+        return device_milliseconds(function)
     times = []
     for repetition in range(8):
         start = time.perf_counter()
         function()
         if repetition > 0:
             times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def device_milliseconds(function, repetitions: int = 15) -> float:
+    """The same on a GPU, without what the host takes to launch it."""
+    cache = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    function()  # compiles
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repetitions):
+        cache.zero_()
+        torch.cuda._sleep(4_000_000)  # cycles, two milliseconds
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
     return statistics.median(times)
 
 

@@ -114,19 +114,23 @@ def noisy(hidden, log_sigma):
     return hidden + (log_sigma.exp() * scale * torch.randn_like(hidden, dtype=torch.float32)).to(hidden.dtype)
 
 
+def begins(perturbation, position) -> bool:
+    """Whether a layer is to be perturbed: in an open scoring pass, or where gradient checkpointing runs it again, the
+    only forward outside one that has gradients."""
+    if perturbation.scoring is not None:
+        perturbation.scoring.add_call(position)
+    return torch.is_grad_enabled()
+
+
 def stored(perturbation, hidden, position):
     """The noise as autograd would have it: `delta` is kept for the backward."""
-    if perturbation.scoring is None:
-        return hidden
-    perturbation.scoring.add_call(position)
-    return noisy(hidden, perturbation.log_sigma[position])
+    return noisy(hidden, perturbation.log_sigma[position]) if begins(perturbation, position) else hidden
 
 
 def recomputed(perturbation, hidden, position):
     """The same under `torch.utils.checkpoint`, which saves and restores the global random state."""
-    if perturbation.scoring is None:
+    if not begins(perturbation, position):
         return hidden
-    perturbation.scoring.add_call(position)
     return torch.utils.checkpoint.checkpoint(noisy, hidden, perturbation.log_sigma[position], use_reentrant=False)
 
 

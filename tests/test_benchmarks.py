@@ -42,6 +42,15 @@ def test_update_benchmark_counts_the_forwards_and_the_memory_of_each_arm(tmp_pat
     assert low <= rows["bypass"]["update"] <= high
 
 
+def test_every_noise_of_the_update_benchmark_runs_under_gradient_checkpointing(tmp_path):
+    arms = ["ALP stored", "ALP recomputed", "ALP torch"]
+    printed = run(
+        "update.py", "--models", "tiny", "--lengths", "8", "--rounds", "1", "--steps", "1", "--checkpointing", "on",
+        "--arms", *arms, cwd=tmp_path,
+    )  # fmt: skip
+    assert all(f"| {arm} |" in printed for arm in arms)
+
+
 @pytest.mark.slow
 def test_update_benchmark_sweeps_and_runs_on_two_processes(tmp_path):
     arguments = ["--models", "tiny", "--lengths", "16", "32", "--layers", "1", "3", "--arms", "bypass", "ALP torch"]

@@ -72,16 +72,18 @@ def test_a_run_under_fp16_resumes_exactly(tmp_path, lora):
 # ---- torch.compile ----
 
 
+def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([(a - b).norm() for a, b in zip(one, other, strict=True)]).norm()
+
+
 @backends
 def test_a_model_compiled_by_inductor_meets_the_noise_of_the_eager_one(backend):
     torch.compiler.reset()
     model, perturbation = perturbed_model(backend)
     compiled = torch.compile(model)
-    for seed in range(2):
-        for one, other in zip(
-            gradients(model, perturbation, seed), gradients(compiled, perturbation, seed), strict=True
-        ):
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    eager, other_noise = gradients(model, perturbation, 0), gradients(model, perturbation, 1)
+    # Inductor adds in another order and takes other kernels for the attention, which is little beside other noise.
+    assert distance(gradients(compiled, perturbation, 0), eager) < 0.05 * distance(other_noise, eager)
 
 
 def test_a_compiled_run_trains_policy_and_sigma_and_generates_without_noise(tmp_path):

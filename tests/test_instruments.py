@@ -249,7 +249,13 @@ def test_whatever_the_logging_steps_all_that_is_logged_is_measured(tmp_path, log
 @pytest.mark.parametrize("watched", ["alp", "stock"])
 def test_a_window_without_any_token_is_no_error(tmp_path, monkeypatch, watched):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    ends = iter([1, 5])  # the end of a sequence, and a token that is not
+
+    def one_token(completion_ids, logprobs):
+        return [[end] for end in [next(ends)] * len(completion_ids)], logprobs
+
     settings = {"mask_truncated_completions": True, "max_completion_length": 1, "report_to": "tensorboard"}
+    settings["rollout_func"] = tiny.rollout_func(edit=one_token)
     trainer = tiny.trainer(tmp_path, **settings) if watched == "alp" else instrument(stock(tmp_path, **settings))
     trainer.train()
     assert trainer.state.global_step == 2
