@@ -139,7 +139,7 @@ def test_seeds_are_drawn_as_their_mean_with_a_shade(tmp_path):
         fabricate(tmp_path / directory, only(log(30, reward=lambda step, value=value: value), "reward"))
     text = report([tmp_path / "a_seed1", tmp_path / "a-seed2", tmp_path / "b"], tmp_path / "out").read_text()
     assert "3 runs, 2 settings" in text and "2 seeds" in text
-    assert "<td>2<small>± 13</small></td>" in text  # 12.7 standard errors with one degree of freedom
+    assert ">2<small>± 13</small></td>" in text  # 12.7 standard errors with one degree of freedom
     apart = report([tmp_path / "a_seed1", tmp_path / "b"], tmp_path / "apart").read_text()
     assert text.count("fill-opacity: 0.2") == 1 and "fill-opacity: 0.2" not in apart
 
@@ -397,8 +397,8 @@ def test_the_answer_comes_first_with_what_differs_and_the_difference(tmp_path):
     answer = text[: text.index("</table>")]
     assert "<code>learning_rate=1e-05</code>" in answer and "<code>learning_rate=1e-06</code>" in answer
     assert not re.search("beta|seed=|output_dir", answer)
-    assert "<td>0.52<small>± 0.025</small></td>" in answer and "<td>+0.2<small>± 0.023</small></td>" in answer
-    assert answer.count("<td>2.0 h</td>") == 2 and answer.index("learning_rate") < text.index("<figure")
+    assert ">0.52<small>± 0.025</small></td>" in answer and ">+0.2<small>± 0.023</small></td>" in answer
+    assert answer.count(">2.0 h</td>") == 2 and answer.index("learning_rate") < text.index("<figure")
 
 
 def test_arguments_that_only_one_kind_of_trainer_has_are_no_difference(tmp_path):

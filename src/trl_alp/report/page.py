@@ -34,11 +34,9 @@ _STYLE = {
 }
 
 
-_HEAD = (
-    "<tr><th>Setting</th><th>what differs</th><th>final reward</th><th>difference</th><th>best reward</th>"
-    "<th>in evaluation</th><th>verdict</th><th>max KL k3</th><th>time</th></tr>"
-)
-_HEAD_OF_ONE = _HEAD.replace("<th>what differs</th>", "").replace("<th>difference</th>", "")
+_COLUMNS = (
+    "what differs", "final reward", "difference", "best reward", "in evaluation", "verdict", "max KL k3", "time",
+)  # fmt: skip
 
 
 def report(run_dirs: Iterable[str | Path], output: str | Path | None = None, labels: list[str] | None = None) -> Path:
@@ -141,7 +139,10 @@ def _page(settings: dict[str, list[Run]], failures: list[str], output: Path) -> 
     template = string.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=f"{len(runs)} run{'s' * (len(runs) > 1)}, {len(settings)} setting{'s' * (len(settings) > 1)}",
-        head=_HEAD_OF_ONE if len(settings) == 1 else _HEAD,
+        head="".join(
+            f'<th scope="col" class="{"what" if name == "what differs" else ""}">{name}</th>'
+            for name in ("Setting", *_columns(settings))
+        ),
         answer="\n".join(_answer(settings)),
         runs="\n".join(_runs(settings)),
         window=f"{100 * WINDOW:g} %",
@@ -176,6 +177,11 @@ def _text(note: str) -> str:
 # ---- The answer ----
 
 
+def _columns(settings: dict[str, list[Run]]) -> list[str]:
+    """Those that compare are for several settings."""
+    return [name for name in _COLUMNS if len(settings) > 1 or name not in ("what differs", "difference")]
+
+
 def _answer(settings: dict[str, list[Run]]) -> Iterator[str]:
     """A row for each setting."""
     differing = differing_settings(settings)
@@ -195,17 +201,23 @@ def _answer(settings: dict[str, list[Run]]) -> Iterator[str]:
         seeds = f"<small>{len(runs)} seeds</small>" if len(runs) > 1 else ""
         against = "" if base is None else _with_interval(difference(finals, [one.final for one in base]), signed=True)
         mean = partial(_mean, summaries)
-        cells = [
-            f'<td class="what">{what}</td>' * (len(settings) > 1),
-            f"<td>{_with_interval(interval(finals))}</td>",
-            f"<td>{against or '-'}</td>" * (len(settings) > 1),
-            f"<td>{_with_interval(interval([one.best for one in summaries]))}</td>",
-            f"<td>{_with_interval(interval([one.evaluation for one in summaries]))}</td>",
-            f'<td class="{"bad" if bad else "good"}">{verdict}</td>',
-            f"<td>{_number(max((one.kl for one in summaries if math.isfinite(one.kl)), default=math.nan))}</td>",
-            f"<td>{_hours(mean('hours'))}</td>",
-        ]
-        yield f"<tr><th>{_swatch(settings, name)} {html.escape(name)}{seeds}</th>{''.join(cells)}</tr>"
+        values = {
+            "what differs": what,
+            "final reward": _with_interval(interval(finals)),
+            "difference": against or "-",
+            "best reward": _with_interval(interval([one.best for one in summaries])),
+            "in evaluation": _with_interval(interval([one.evaluation for one in summaries])),
+            "verdict": verdict,
+            "max KL k3": _number(max((one.kl for one in summaries if math.isfinite(one.kl)), default=math.nan)),
+            "time": _hours(mean("hours")),
+        }
+        kinds = {"what differs": "what", "verdict": "bad" if bad else "good"}
+        # On a phone each value stands in a line of its own, behind its name.
+        cells = "".join(
+            f'<td class="{kinds.get(column, "number")}" data-name="{column}">{values[column]}</td>'
+            for column in _columns(settings)
+        )
+        yield f"<tr><th>{_swatch(settings, name)} {html.escape(name)}{seeds}</th>{cells}</tr>"
         base = base or summaries
 
 
