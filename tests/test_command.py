@@ -67,6 +67,20 @@ def test_commands_run_under_it_as_by_themselves(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("healthy: ")
 
 
+def test_a_reader_that_has_enough_is_no_error_and_costs_no_file(tmp_path):
+    """As in `trl-alp doctor ... | head -1`."""
+    tiny.saved(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), "--engine", "transformers", "--num-completions", "64", "--max-tokens", "8"]
+    arguments += ["--no-progress", "--device", "cpu", "--json", str(tmp_path / "out.json")]
+    code = "import sys; from trl_alp.__main__ import main; sys.exit(main(['doctor', *sys.argv[1:]]))"
+    command = [sys.executable, "-c", code, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 0 and "BrokenPipe" not in said, said
+    assert (tmp_path / "out.json").is_file()
+
+
 def test_every_public_name_is_found_and_others_are_not():
     for module in (trl_alp, __import__("trl_alp.doctor").doctor, __import__("trl_alp.report").report):
         for name in module.__all__:

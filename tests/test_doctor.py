@@ -16,9 +16,11 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -841,6 +843,14 @@ def test_what_an_engine_may_not_return_is_told(prompts, rows, message):
     engine = copy_engine(tiny.model())
     with pytest.raises(ValueError, match=message):
         run(tiny.model(), Faulty(engine, sample=lambda *_: rows), prompts)
+
+
+def test_a_prompt_of_no_token_is_told_before_a_model_is_loaded(saved, tmp_path, monkeypatch, capsys):
+    knows_one_letter = Tokenizer(models.BPE({"<eos>": 0, "a": 1}, []))
+    PreTrainedTokenizerFast(tokenizer_object=knows_one_letter, eos_token="<eos>").save_pretrained(tmp_path)
+    monkeypatch.setattr("trl_alp.doctor.engines.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    assert command(saved / "now", "--tokenizer", tmp_path) == 2
+    assert "no token of the prompt 'What is 17 + 25?'. Give prompts that it knows." in capsys.readouterr().err
 
 
 def test_it_needs_no_vllm(saved, monkeypatch, capsys):

@@ -101,7 +101,10 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from .figure import draw
     from .findings import report
 
-    print(report(diagnosis))
+    try:
+        print(report(diagnosis), flush=True)
+    except BrokenPipeError:  # its reader has enough, as `head` has; the interpreter's last flush must not raise either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     # The verdict stands, whatever becomes of the files.
     if args.json:
         _write(args.json, lambda path: path.write_text(json.dumps(diagnosis.to_dict(), indent=2) + "\n"))
@@ -185,7 +188,7 @@ def _write(path: Path, write) -> bool:
 
 
 def _diagnose(args: argparse.Namespace):
-    from .engines import GenerationSetting, check_logprobs_mode
+    from .engines import GenerationSetting, check_logprobs_mode, tokenise
     from .prompts import read_prompts
 
     setting = GenerationSetting(
@@ -196,6 +199,8 @@ def _diagnose(args: argparse.Namespace):
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     prompts = read_prompts(args.prompts, args.num_completions, chat=tokenizer.chat_template is not None)
+    for prompt in prompts:
+        tokenise(tokenizer, prompt)
     server = None
     if args.engine.startswith(_SERVER):
         from .vllm_engines import VLLMServerEngine

@@ -96,11 +96,17 @@ class Engine(Protocol):
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt as TRL's trainer makes them: the chat template for messages, the tokenizer for text."""
+    """Token ids of a prompt as TRL's trainer makes them: the chat template for messages, the tokenizer for text. A
+    `ValueError` where there are none."""
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(ids["input_ids"])
+        encoded = tokenizer(prompt)
+    else:
+        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    if not encoded["input_ids"]:
+        raise ValueError(
+            f"The tokenizer makes no token of the prompt {str(prompt)[:60]!r}. Give prompts that it knows."
+        )
+    return list(encoded["input_ids"])
 
 
 def plain_copy(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.nn.Module:
