@@ -846,11 +846,11 @@ def test_what_an_engine_may_not_return_is_told(prompts, rows, message):
 
 
 def test_a_prompt_of_no_token_is_told_before_a_model_is_loaded(saved, tmp_path, monkeypatch, capsys):
-    knows_one_letter = Tokenizer(models.BPE({"<eos>": 0, "a": 1}, []))
+    knows_one_letter = Tokenizer(models.BPE({"<eos>": 0, "~": 1}, []))
     PreTrainedTokenizerFast(tokenizer_object=knows_one_letter, eos_token="<eos>").save_pretrained(tmp_path)
     monkeypatch.setattr("trl_alp.doctor.engines.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
     assert command(saved / "now", "--tokenizer", tmp_path) == 2
-    assert "no token of the prompt 'What is 17 + 25?'. Give prompts that it knows." in capsys.readouterr().err
+    assert "no token of the prompt 'What is 17 + 25?'. Give prompts it knows." in capsys.readouterr().err
 
 
 def test_it_needs_no_vllm(saved, monkeypatch, capsys):

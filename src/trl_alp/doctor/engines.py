@@ -103,9 +103,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     else:
         encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
     if not encoded["input_ids"]:
-        raise ValueError(
-            f"The tokenizer makes no token of the prompt {str(prompt)[:60]!r}. Give prompts that it knows."
-        )
+        raise ValueError(f"The tokenizer makes no token of the prompt {str(prompt)[:60]!r}. Give prompts it knows.")
     return list(encoded["input_ids"])
 
 
