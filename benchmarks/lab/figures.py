@@ -36,11 +36,16 @@ from study import (
     finished,
 )
 
+from trl_alp.report.drawing import COLOURS as PALETTE
+
 
 matplotlib.use("Agg")
 PAGE = ROOT / "docs" / "results.md"
 ASSETS = ROOT / "docs" / "assets"
-COLOURS = dict(zip(ARMS, plt.get_cmap("tab10").colors, strict=False))
+# The report's colours; there are more arms, of which the later ones are dashed and square.
+COLOURS = dict(zip(ARMS, itertools.cycle(PALETTE)))
+DASHES = {arm: "-" if index < len(PALETTE) else "--" for index, arm in enumerate(ARMS)}
+MARKERS = {arm: "o" if index < len(PALETTE) else "s" for index, arm in enumerate(ARMS)}
 WITHOUT_NOISE = dict(PAIRS) | {"alp_tis": "tis"}
 
 
@@ -370,7 +375,7 @@ def draw_grid(path: Path) -> None:
         for y, arm in enumerate(ARMS):
             values = [final(row) for row in groups.get((point, arm), [])]
             if values:
-                axis.plot(values, [y] * len(values), "o", ms=4, color=COLOURS[arm], alpha=0.5)
+                axis.plot(values, [y] * len(values), MARKERS[arm], ms=4, color=COLOURS[arm], alpha=0.5)
                 if len(values) in T:
                     axis.plot(interval(values), [y, y], color=COLOURS[arm], lw=5, alpha=0.35)
         axis.set_yticks(range(len(ARMS)), [f"{arm}, {choices()[arm][1]:g}" for arm in ARMS])
@@ -384,7 +389,7 @@ def draw_grid(path: Path) -> None:
 def draw_noise(path: Path) -> None:
     """What the noise changes, all else equal: accuracy, and the band of the policy itself against what sampled."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 5.5), sharey=True, layout="constrained")
-    sizes = {DEFAULT_SIGMA: "C0", STRONG_SIGMA: "C3"}
+    sizes = {DEFAULT_SIGMA: PALETTE[0], STRONG_SIGMA: PALETTE[1]}
     rows = [pair for pair in pairs() if pair[0][4] in sizes and pair[0][1] != "alp_tis" and len(pair[1]) in T]
     places = list(dict.fromkeys((point, arm, rate) for (point, arm, _, rate, _), _, _ in rows))
     for (point, arm, _, rate, sigma), noisy, plain in rows:
@@ -428,7 +433,7 @@ def draw_tune(path: Path) -> None:
                 if s["arm"] == arm and s["overrides"]["epsilon"] == bounds["epsilon"]:
                     finals.setdefault(s["learning_rate"], []).append(final(row))
             means = [(rate, statistics.fmean(values)) for rate, values in sorted(finals.items())]
-            axis.plot(*zip(*means, strict=True), "o-", color=COLOURS[arm], label=arm)
+            axis.plot(*zip(*means, strict=True), DASHES[arm], marker=MARKERS[arm], color=COLOURS[arm], label=arm)
         low, high = bounds.values()
         axis.set(title=f"clip range {clip}: {1 - low:g} to {1 + high:g}", xlabel="learning rate", xscale="log")
         axis.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
@@ -472,7 +477,7 @@ def draw_disease(path: Path, dial: str) -> None:
     done = finished("disease")
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
     for (label, colour), (arm, style) in itertools.product(
-        zip(DIALS[dial], plt.get_cmap("tab10").colors, strict=False), (("grpo", "-"), ("bypass_token", "--"))
+        zip(DIALS[dial], PALETTE, strict=False), (("grpo", "-"), ("bypass_token", "--"))
     ):
         rows = [row for name, row in done.items() if name.rpartition("-")[0] == f"{label}-{arm}"]
         for axis, (name, title, largest) in zip(axes.flat, PANELS, strict=True):
@@ -497,8 +502,8 @@ def draw_ablation(path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
     for y, by_seed in enumerate(groups.values()):
         values = [final(row) for row in by_seed.values()]
-        left.plot(values, [y] * len(values), "o", ms=4, color="C0", alpha=0.6)
-        left.plot([statistics.fmean(values)] * 2, [y - 0.3, y + 0.3], color="C1")
+        left.plot(values, [y] * len(values), "o", ms=4, color=PALETTE[0], alpha=0.6)
+        left.plot([statistics.fmean(values)] * 2, [y - 0.3, y + 0.3], color=PALETTE[1])
     left.axvline(statistics.fmean(map(final, next(iter(groups.values())).values())), color="grey", lw=0.8)
     left.set_yticks(range(len(groups)), groups)
     left.invert_yaxis()
@@ -507,7 +512,7 @@ def draw_ablation(path: Path) -> None:
     moving = {
         label: by_seed for label, by_seed in groups.items() if label.startswith(("sigma-", "learned", "absolute"))
     }
-    for (label, by_seed), colour in zip(moving.items(), plt.get_cmap("tab10").colors, strict=False):
+    for (label, by_seed), colour in zip(moving.items(), itertools.cycle(PALETTE)):
         first = next(iter(by_seed.values()))
         start = first["settings"]["overrides"].get("alp_sigma_init", DEFAULT_SIGMA)
         layers = [name for name in first["curves"] if name.startswith("alp/sigma")]
@@ -531,7 +536,7 @@ def draw_curves(path: Path, point: str) -> None:
         if rows := groups.get((point, arm)):
             steps = [step for step, _ in rows[0]["accuracy"]]
             values = list(zip(*([v for _, v in row["accuracy"]] for row in rows), strict=True))
-            axis.plot(steps, [statistics.fmean(v) for v in values], color=COLOURS[arm], label=arm)
+            axis.plot(steps, [statistics.fmean(v) for v in values], DASHES[arm], color=COLOURS[arm], label=arm)
             axis.fill_between(
                 steps, [min(v) for v in values], [max(v) for v in values], color=COLOURS[arm], alpha=0.08, lw=0
             )
