@@ -128,3 +128,12 @@ def compare_with_one_process(rank, version, path):
 @pytest.mark.parametrize("version", ["FSDP1", "FSDP2"])
 def test_loss_and_sigma_gradient_under_fsdp_are_those_of_one_process(tmp_path, version):
     torch.multiprocessing.spawn(compare_with_one_process, args=(version, tmp_path / "rendezvous"), nprocs=2)
+
+
+def test_two_processes_fit_the_same_sigma(tmp_path):
+    settings = {"fixed_rollouts": 1, "alp_noise_target": 1, "alp_monitor_every": 1, "per_device_train_batch_size": 16}
+    first, second = launch(tmp_path, 2, **settings)
+    assert torch.equal(first["log_sigma"], second["log_sigma"])
+    (found, *_) = [row for row in first["log"] if "alp/noise/fit/sigma" in row]
+    asked = 0.01 * (found["alp/noise/fit/k3_mismatch"] / found["alp/noise/fit/k3_noise"]) ** 0.5
+    assert found["alp/noise/fit/sigma"] == pytest.approx(min(asked, 0.5), rel=1e-3)

@@ -52,6 +52,13 @@ class ALPGRPOConfig(GRPOConfig):
             bounds replace that.
         alp_sigma_max (`float`, *optional*, defaults to `0.5`):
             Upper bound on sigma.
+        alp_noise_target (`float`, *optional*):
+            Fit the size of the noise to the training-inference mismatch: sigma is moved until the noise takes the
+            policy so many times as far (in k3, on fresh rollouts) as the engine is. `alp_sigma_init` is then the size
+            that is tried first, for one update. `None`, the paper's way, starts from `alp_sigma_init` and stays there
+            but for what sigma learns; fitted, it learns how sigma differs between layers. Needs `alp_monitor_every`,
+            whose micro-batches are measured. Ours; a sigma that covers one engine is half a per cent of the mismatch
+            of another, or eighteen times it.
         alp_layers (`list[int]`, `int` or `str`, *optional*):
             Which decoder layers to perturb: `None` for all (the best of the paper's layer ablation), an index, a list
             of indices, or a string such as `"0-5"`, `"first:6"`, `"last:5"` or `"0,3,7"`.
@@ -156,6 +163,13 @@ class ALPGRPOConfig(GRPOConfig):
     alp_sigma_min: float = field(default=1e-6, metadata={"help": "Lower bound on sigma."})
     alp_sigma_max: float = field(default=0.5, metadata={"help": "Upper bound on sigma."})
     # `str` second: `HfArgumentParser` reads such a field from the command line as that.
+    alp_noise_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fit sigma so that the noise moves the policy so many times as far (k3, fresh rollouts) as the "
+            "engine is from it, 1.0 for as far; not set for the size that `alp_sigma_init` says."
+        },
+    )
     alp_layers: list[int] | str | int | None = field(
         default=None,
         metadata={
@@ -231,6 +245,17 @@ class ALPGRPOConfig(GRPOConfig):
                 f"alp_monitor_every={self.alp_monitor_every!r} must be a whole number of optimiser steps, or 0 for "
                 "off."
             )
+        if self.alp_noise_target is not None:
+            if not is_finite_number(self.alp_noise_target) or self.alp_noise_target <= 0:
+                raise ValueError(
+                    f"alp_noise_target={self.alp_noise_target!r} must be a finite, positive number (1.0: as far as "
+                    "the engine is off), or None for noise of the size that `alp_sigma_init` says."
+                )
+            if self.alp_monitor_every == 0:
+                raise ValueError(
+                    f"alp_noise_target={self.alp_noise_target} needs the policy to be scored without noise now and "
+                    "then, and alp_monitor_every=0 turns that off. Set `alp_monitor_every=10`."
+                )
         if self.alp_ratio_level != "token":
             for name, value in (
                 ("importance_sampling_level", self.importance_sampling_level == "sequence"),

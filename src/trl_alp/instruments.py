@@ -87,6 +87,8 @@ class Instruments:
             policy alone.
         monitored (`bool`, *optional*, defaults to `False`):
             Whether the noise-off policy is measured from time to time.
+        fitted (`bool`, *optional*, defaults to `False`):
+            Whether the noise is fitted to the mismatch, so that nothing need be said of how large both are.
         neftune (`bool`, *optional*, defaults to `False`):
             Whether NEFTune's noise is on, which makes a policy disagree with itself as dropout does.
         log_files (`bool`, *optional*, defaults to `True`):
@@ -101,6 +103,7 @@ class Instruments:
         level: str = "token",
         perturbed: bool = False,
         monitored: bool = False,
+        fitted: bool = False,
         neftune: bool = False,
         log_files: bool = True,
     ) -> None:
@@ -113,7 +116,7 @@ class Instruments:
         self._staleness = [0, 0]  # sum and number over the micro-batches of the update
         self._engine = True  # whether an engine reported the behaviour log-probs
         self._failed: set[str] = set()
-        self._compared = False
+        self._compared = fitted
         self._warned: set[_Bound] = set()
 
     def begin(self, step: int, history: Iterable[dict[str, Any]] = (), config: dict[str, Any] | None = None) -> None:
@@ -265,9 +268,10 @@ class Instruments:
             f"log-probs {noise / mismatch:.2g} times as much as the engine is off. "
         )
         if noise < mismatch / _OF_A_SIZE:
-            logger.warning(size + "It is too small to act: raise `alp_sigma_init` (k3 goes with its square).")
+            advice = "It is too small to act: raise `alp_sigma_init` (k3 goes with its square), or set "
+            logger.warning(size + advice + "`alp_noise_target=1.0`.")
         elif noise > mismatch * _OF_A_SIZE:
-            advice = "It is larger than what it is to cover: lower `alp_sigma_init` (k3 goes with its square)."
+            advice = "It is larger than what it is to cover: lower `alp_sigma_init`, or set `alp_noise_target=1.0`."
             logger.warning(size + advice)
         else:
             logger.info(size + "It is of the size of what it is to cover.")

@@ -57,6 +57,7 @@ def save_state(trainer, output_dir: str) -> None:
             "noise_scale": perturbation.noise_scale,
             "log_sigma": perturbation.log_sigma.detach().cpu(),
             "optimizer": None if optimizer is None else optimizer.adam.state_dict(),
+            "fit": None if trainer.sigma_fit is None else trainer.sigma_fit.state_dict(),
             "micro_batches": trainer.micro_batches,
         }
         _save(state, os.path.join(output_dir, STATE_NAME))
@@ -145,6 +146,8 @@ def _load_sigma(trainer, path: str, of_bypass: bool) -> None:
         trainer.perturbation.log_sigma.copy_(state["log_sigma"])
     trainer.perturbation.bound_()
     trainer.micro_batches = state["micro_batches"]
+    if trainer.sigma_fit is not None and state.get("fit") is not None:
+        trainer.sigma_fit.load_state_dict(state["fit"])
     if trainer.sigma_optimizer is not None and state["optimizer"] is not None:
         trainer.sigma_optimizer.adam.load_state_dict(state["optimizer"])
         trainer.sigma_optimizer.adam.param_groups[0]["lr"] = trainer.args.alp_sigma_lr

@@ -31,6 +31,9 @@ class SigmaOptimizer(TrainerCallback):
             Constant learning rate of `log_sigma`.
         max_grad_norm (`float`):
             Bound on the norm of sigma's gradient; 0 for none.
+        level_is_fitted (`bool`, *optional*, defaults to `False`):
+            Whether the mean of `log_sigma` is another's to set: steps leave it where it is, and train how sigma
+            differs between layers.
     """
 
     def __init__(
@@ -39,7 +42,9 @@ class SigmaOptimizer(TrainerCallback):
         accelerator: Accelerator,
         learning_rate: float,
         max_grad_norm: float,
+        level_is_fitted: bool = False,
     ) -> None:
+        self.level_is_fitted = level_is_fitted
         self.perturbation, self.accelerator, self.max_grad_norm = perturbation, accelerator, max_grad_norm
         self.adam = torch.optim.Adam([perturbation.log_sigma], lr=learning_rate)
         self._sums: list[float] = []  # of each layer's gradient, then of their norm, since the last `metrics`
@@ -86,7 +91,11 @@ class SigmaOptimizer(TrainerCallback):
                     "The gradient of sigma is not finite, although the policy's step was made: sigma sits such steps "
                     "out. Look for log-probs that are not finite (`alp/unscored_tokens`)."
                 )
+            log_sigma = self.perturbation.log_sigma.detach()
+            level = log_sigma.mean()
             self.adam.step()
+            if self.level_is_fitted:
+                log_sigma += level - log_sigma.mean()
             self.perturbation.bound_()
         self.adam.zero_grad()
 

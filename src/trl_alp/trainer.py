@@ -17,6 +17,7 @@ from trl import GRPOTrainer
 
 from .checks import check_args, check_dataset, check_server, checked, warn_of_dropout, warn_of_sampling
 from .config import ALPGRPOConfig
+from .fit import SigmaFit
 from .guard import ScoringGuard, check_overrides
 from .perturbation import LayerwisePerturbation, find_decoder_layers, noise_seed, parse_layers
 from .ratio import dual_clip, log_importance_ratio
@@ -122,11 +123,17 @@ class ALPGRPOTrainer(GRPOTrainer):
         self.sigma_optimizer: SigmaOptimizer | None = None
         if self.perturbation.log_sigma.requires_grad:
             self.sigma_optimizer = SigmaOptimizer(
-                self.perturbation, self.accelerator, args.alp_sigma_lr, args.max_grad_norm
-            )
+                self.perturbation, self.accelerator, args.alp_sigma_lr, args.max_grad_norm,
+                level_is_fitted=args.alp_noise_target is not None,
+            )  # fmt: skip
             self.add_callback(self.sigma_optimizer)
+        self.sigma_fit: SigmaFit | None = None
+        if args.alp_noise_target is not None and args.alp_enabled:
+            self.sigma_fit = SigmaFit(self.perturbation, self.accelerator, args.alp_noise_target)
+            self.add_callback(self.sigma_fit)
         attach_instruments(
             self, args.alp_ratio_level, perturbed=args.alp_enabled, monitored=args.alp_monitor_every > 0,
+            fitted=self.sigma_fit is not None,
             log_files=args.alp_log_files,
         )  # fmt: skip
         self.watcher = ALPWatcher(self)

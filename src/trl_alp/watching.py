@@ -255,6 +255,8 @@ class ALPWatcher(Watcher):
             staleness, engine = self.updates - self.generated_at, loss.engine_logps is not None
             means = {"entropy": (entropies, loss.mask), **self._clip_means(loss, plain, behaviour, staleness)}
             self.trainer.instruments.record("noise_off", plain, behaviour, loss.mask, staleness, means, engine)
+            if self.trainer.sigma_fit is not None and staleness == 0:
+                self.trainer.sigma_fit.record(logps, plain, behaviour, loss.mask)
         if self.trainer.args.alp_enabled:
             perturbation = self.trainer.perturbation
             self._sigma.add(perturbation.sigma)
@@ -296,6 +298,8 @@ class ALPWatcher(Watcher):
         super().flush()
         if self.trainer.sigma_optimizer is not None:
             self._pending |= self.trainer.sigma_optimizer.metrics(by_layer=self.trainer.args.alp_log_layers)
+        if self.trainer.sigma_fit is not None:
+            self._pending |= self.trainer.sigma_fit.metrics()
         self._warn_of_clipped_mismatch(self._pending.get("alp/clip/fresh", 0.0))
         if not self._effective.is_empty:
             self._pending |= self._noise_metrics()
