@@ -5,8 +5,8 @@
 
 The engine is the model in bf16, or with its matrices rounded: fp8 is e4m3 with a scale a row, int4 has a scale for
 each 32 weights. It samples, and its log-probs are the behaviour policy's. *Fitted* is the sigma that
-`alp_noise_target=1.0` sets after the first update, from one probe; *bisected* is the sigma at which the noise, averaged
-over other seeds, is as far from the policy as the engine is.
+`alp_noise_target=1.0` sets after the first update, from one probe; *bisected* is the sigma at which the noise,
+averaged over other seeds, is as far from the policy as the engine is.
 """
 
 import argparse
