@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
 """Host time and kernels that the perturbation adds to a decoder layer, forward and backward together.
 
-    python benchmarks/host.py --json host.json                 # on a GPU, half a minute
+    python benchmarks/host.py --json host.json                 # on a GPU, a minute
     python benchmarks/host.py --source OTHER/CHECKOUT/src      # of another version, for a comparison
 
 The model is many small layers, so that a GPU waits for launches and nothing else. Arms alternate; each figure is what

@@ -30,8 +30,8 @@ part() { # name, seconds, command
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 part tests 185 make --no-print-directory test-gpu PYTHON="$python"
-part noise 80 "$python" benchmarks/noise.py --json "$out/noise.json"
-part host 50 "$python" benchmarks/host.py --json "$out/host.json"
+part noise 70 "$python" benchmarks/noise.py --json "$out/noise.json"
+part host 55 "$python" benchmarks/host.py --repetitions 30 --json "$out/host.json"
 part update 165 "$python" benchmarks/update.py --suite gpu --steps 3 --seconds 125 --json "$out/update.json"
 [ -z "$lab" ] || part lab 600 "$python" benchmarks/lab/study.py --stages gpu --jobs 12 --hours 0.1 --folder "$out/lab" --results "$out"
 [ -z "$failed" ] || { echo "failed or cut off:$failed"; exit 1; }
