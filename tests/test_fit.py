@@ -120,6 +120,18 @@ def test_without_a_mismatch_sigma_goes_to_its_lower_bound_and_says_so_once(tmp_p
     assert sum("nothing for the noise to cover" in line for line in caplog.messages) == 1
 
 
+def test_sigma_rises_tenfold_at_most_in_one_measurement_and_goes_on_in_the_next():
+    perturbation = LayerwisePerturbation(tiny.model(), sigma_init=1e-5)
+    fit = SigmaFit(perturbation, Accelerator(cpu=True), target=1.0)
+    levels = []
+    for noise in (0.0, 1e-9, 1e-4):  # at first it is lost in rounding
+        fit.fit(100 * noise, 100 * 9e-4, 100)
+        levels.append(fit.level)
+    assert levels == pytest.approx([1e-4, 1e-3, 3e-3], rel=1e-4)
+    fit.fit(100 * 4e-3, 100 * 1e-3, 100)  # twice too large: a quarter of the way, in log space
+    assert fit.level == pytest.approx(3e-3 * 0.5**0.25, rel=1e-4)
+
+
 def test_too_few_tokens_are_kept_for_the_next_measurement(tmp_path):
     trainer = tiny.trainer(
         tmp_path, rollout_func=tiny.rollout_func(0.1), max_completion_length=2, max_steps=1, **FITTED

@@ -31,8 +31,10 @@ logger = get_logger(__name__)  # speaks on the main process only
 _RATE = 0.25
 # Tokens that a measurement takes at least; fewer are kept for the next one.
 _ENOUGH = 64
-# A mismatch, in k3, of what two fp32 implementations differ by anyway: log-probs that agree to 1e-5.
+# A divergence, in k3, of what two fp32 implementations differ by anyway: log-probs that agree to 1e-5.
 _FLOOR = 1e-10
+# As much as one measurement may raise sigma: the square holds near what was measured, and too much noise does harm.
+_LARGEST_RISE = 10.0
 
 
 class SigmaFit(TrainerCallback):
@@ -52,7 +54,7 @@ class SigmaFit(TrainerCallback):
         self.perturbation, self.accelerator, self.target = perturbation, accelerator, target
         self._new: torch.Tensor | None = None  # sums over this process since the last optimiser step
         self._kept = [0.0] * 3  # over all processes: k3 of the noise, of the mismatch, tokens; too few so far
-        self._fitted = 0  # times
+        self._fitted = 0  # times, but for those that were cut short
         self._latest: dict[str, float] = {}
         self._said = False
 
@@ -82,16 +84,16 @@ class SigmaFit(TrainerCallback):
         floor = mismatch < _FLOOR
         if floor:
             wanted = self.perturbation.sigma_min
-        elif noise <= 0:  # none of it reached a log-prob
-            wanted = self.perturbation.sigma_max
         else:
-            wanted = before * math.sqrt(self.target * mismatch / noise)
+            wanted = before * math.sqrt(self.target * mismatch / max(noise, _FLOOR))
         wanted = min(max(wanted, self.perturbation.sigma_min), self.perturbation.sigma_max)
         rate = 1.0 if self._fitted == 0 else _RATE
+        cut_short = wanted > before * _LARGEST_RISE
+        wanted = min(wanted, before * _LARGEST_RISE)
         with torch.no_grad():
             self.perturbation.log_sigma.add_(rate * math.log(wanted / before))
         self.perturbation.bound_()
-        self._fitted += 1
+        self._fitted += not cut_short  # so that the next measurement goes all of the way that is left
         self._latest = {
             "alp/noise/fit/target": self.target,
             "alp/noise/fit/k3_mismatch": mismatch,
