@@ -56,7 +56,7 @@ def test_the_fitted_sigma_is_that_of_bisection(bits, lora, noise_scale):
         input_ids=prompt, max_new_tokens=12, min_new_tokens=12, do_sample=True, top_k=0, suppress_tokens=[0, 1, 2]
     )
     behaviour, plain = logps_of(engine, ids)[:, 3:], logps_of(model, ids)[:, 3:]
-    perturbation = LayerwisePerturbation(model, sigma_init=0.003, noise_scale=noise_scale).to(tiny.DEVICE)
+    perturbation = LayerwisePerturbation(model, sigma_init=0.01, noise_scale=noise_scale).to(tiny.DEVICE)
 
     def noisy(seed):
         with perturbation.applied(seed):
