@@ -41,7 +41,7 @@ test-compat: $(VENV)-oldest/.ready  ## The method on the oldest TRL and transfor
 	$(VENV)-oldest/bin/python -m pytest \
 		tests/test_trl_contract.py tests/test_perturbation.py tests/test_passes.py tests/test_families.py \
 		tests/test_loss.py tests/test_trainer.py tests/test_guard.py tests/test_resume.py tests/test_checks.py \
-		tests/test_features.py tests/test_instruments.py tests/test_benchmarks.py
+		tests/test_features.py tests/test_instruments.py tests/test_benchmarks.py tests/test_fit.py
 
 # DeepSpeed changes how accelerate and transformers load models as soon as it is installed, hence an environment of its
 # own. Its C++ ops are not built: ZeRO's arithmetic runs in torch.
