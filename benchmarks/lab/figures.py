@@ -512,7 +512,8 @@ def draw_ablation(path: Path) -> None:
     moving = {
         label: by_seed for label, by_seed in groups.items() if label.startswith(("sigma-", "learned", "absolute"))
     }
-    for (label, by_seed), colour in zip(moving.items(), itertools.cycle(PALETTE)):
+    for index, (label, by_seed) in enumerate(moving.items()):
+        colour, marker = PALETTE[index % len(PALETTE)], None if index < len(PALETTE) else "s"
         first = next(iter(by_seed.values()))
         start = first["settings"]["overrides"].get("alp_sigma_init", DEFAULT_SIGMA)
         layers = [name for name in first["curves"] if name.startswith("alp/sigma")]
@@ -520,7 +521,8 @@ def draw_ablation(path: Path) -> None:
             over_seeds = zip(*(curve(row, layer) for row in by_seed.values()), strict=True)
             values = [statistics.fmean(v) / start for v in over_seeds]
             steps = [first["window"] * (i + 1) for i in range(len(values))]
-            right.plot(steps, values, style, color=colour, lw=1, label=label if layer == layers[0] else None)
+            label_once = label if layer == layers[0] else None
+            right.plot(steps, values, style, marker=marker, ms=3, markevery=5, color=colour, lw=1, label=label_once)
     right.set(xlabel="update", title="sigma over its start; layers 0 to 3: — -- -. ..")
     right.legend(fontsize="small")
     right.grid(alpha=0.3)

@@ -27,6 +27,7 @@ from .perturbation import LayerwisePerturbation
 
 logger = get_logger(__name__)  # speaks on the main process only
 
+# Ours, all four; `benchmarks/fit.py` shows what the first measurement is worth.
 # Part of the way, in log space, that a measurement after the first moves sigma.
 _RATE = 0.25
 # Tokens that a measurement takes at least; fewer are kept for the next one.
@@ -62,7 +63,8 @@ class SigmaFit(TrainerCallback):
         """Take the log-probs of one micro-batch of fresh rollouts.  # (B, T) each"""
         noise, mismatch = clamped_gap(noisy, plain), clamped_gap(plain, behaviour)
         known = mask.bool() & noise.isfinite() & mismatch.isfinite()
-        k3 = [torch.where(known, gap.expm1() - gap, 0.0).sum(dtype=torch.float64) for gap in (noise, mismatch)]
+        wide = torch.float32 if noise.device.type == "mps" else torch.float64  # mps has no float64
+        k3 = [torch.where(known, gap.expm1() - gap, 0.0).sum(dtype=wide) for gap in (noise, mismatch)]
         sums = torch.stack([*k3, known.sum()])
         self._new = sums if self._new is None else self._new + sums
 
@@ -79,7 +81,7 @@ class SigmaFit(TrainerCallback):
             self._kept = [0.0] * 3
 
     def fit(self, noise: float, mismatch: float, tokens: float) -> None:
-        """Move sigma, given the sums of both divergences over so many tokens."""
+        """Move sigma, given the sums of both divergences, in nats, over so many tokens."""
         noise, mismatch, before = noise / tokens, mismatch / tokens, self.level
         floor = mismatch < _FLOOR
         if floor:
