@@ -45,15 +45,17 @@ ARMS: dict[str, tuple[str, dict]] = {
 
 class LabTrainer(ALPGRPOTrainer):
     """Looks at the policy without noise in every `alp_monitor_every`-th update, so that the same updates of the arms
-    without noise can be picked out to compare with."""
+    without noise can be picked out to compare with; where sigma is fitted, in those of the package besides."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._shipped = self.watcher.is_due
         self.watcher.is_due = self._look_is_due
 
     def _look_is_due(self):
         every = self.args.alp_monitor_every
-        return self.args.alp_enabled and every > 0 and self.state.global_step % every == 0
+        due = self.args.alp_enabled and every > 0 and self.state.global_step % every == 0
+        return due or (self.sigma_fit is not None and self._shipped())
 
 
 class SplitRatioTrainer(LabTrainer):

@@ -38,6 +38,34 @@ def shake_weights(model: torch.nn.Module, size: float, generator: torch.Generato
                 )
 
 
+def parse_numerics(numerics: str) -> list[tuple[str, float]]:
+    """`"int3+noise-0.1"` as `[("int3", 0.0), ("noise", 0.1)]`."""
+    return [(kind, float(size or 0)) for kind, _, size in (part.partition("-") for part in numerics.split("+"))]
+
+
+def blank_copy(policy: torch.nn.Module) -> torch.nn.Module:
+    """A model like the policy, for [`load_as`]."""
+    # Not `copy.deepcopy`: TRL patches `forward` of the policy, and a copy of that would run the policy itself.
+    return type(policy)(policy.config).to(policy.device).eval()
+
+
+@torch.no_grad()
+def load_as(
+    numerics: str, copy: torch.nn.Module, weights: dict[str, torch.Tensor], generator: torch.Generator | None = None
+) -> None:
+    """Load `weights` into `copy` as an engine of that number format holds them; `gauss` draws from `generator`."""
+    copy.float().load_state_dict(weights)
+    for kind, size in parse_numerics(numerics):
+        if kind == "bf16":
+            copy.bfloat16()
+        elif kind.startswith("int"):
+            round_weights(copy, int(kind.removeprefix("int")))
+        elif kind == "gauss":
+            shake_weights(copy, size, generator)
+        elif kind not in ("exact", "noise"):
+            raise ValueError(f"numerics={kind!r} is unknown; see benchmarks/lab/behaviour.py.")
+
+
 class Behaviour:
     """A `rollout_func`: samples from a copy of the policy, and reports the log-probs it sampled with.
 
@@ -49,7 +77,7 @@ class Behaviour:
     """
 
     def __init__(self, numerics: str, lag: int, seed: int, device: str = "cpu"):
-        self.numerics = [(kind, float(size or 0)) for kind, _, size in (n.partition("-") for n in numerics.split("+"))]
+        self.numerics = numerics
         self.weights: deque[dict[str, torch.Tensor]] = deque(maxlen=lag + 1)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.copy = self.perturbation = None
@@ -57,22 +85,12 @@ class Behaviour:
     @torch.no_grad()
     def sync(self, policy: torch.nn.Module) -> None:
         if self.copy is None:
-            # Not `copy.deepcopy`: TRL patches `forward` of the policy, and a copy of that would run the policy itself.
-            self.copy = type(policy)(policy.config).to(policy.device).eval()
-            if sigma := dict(self.numerics).get("noise"):
+            self.copy = blank_copy(policy)
+            if sigma := dict(parse_numerics(self.numerics)).get("noise"):
                 self.perturbation = LayerwisePerturbation(self.copy, sigma_init=sigma, noise_scale="rms")
                 self.copy.register_forward_pre_hook(self._draw_anew)
         self.weights.append({name: value.clone() for name, value in policy.state_dict().items()})
-        self.copy.float().load_state_dict(self.weights[0])
-        for kind, size in self.numerics:
-            if kind == "bf16":
-                self.copy.bfloat16()
-            elif kind.startswith("int"):
-                round_weights(self.copy, int(kind.removeprefix("int")))
-            elif kind == "gauss":
-                shake_weights(self.copy, size, self.generator)
-            elif kind not in ("exact", "noise"):
-                raise ValueError(f"numerics={kind!r} is unknown; see benchmarks/lab/behaviour.py.")
+        load_as(self.numerics, self.copy, self.weights[0], self.generator)
 
     def _draw_anew(self, *_) -> None:
         # The same seed and shape would give every token of a completion the same noise.

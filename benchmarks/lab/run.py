@@ -5,9 +5,10 @@ One run of the lab, described by one YAML file of what differs from `DEFAULTS` b
     mkdir -p runs/lab && echo '{arm: alp_sequence, numerics: int3, seed: 7}' > runs/lab/mine.yaml
     python benchmarks/lab/run.py runs/lab/mine.yaml
 
-Writes, beside the YAML file, `NAME.json`: the settings, the accuracy on held-out problems (by the policy
-without noise, in the precision it is trained in, one sample at temperature 1) every so many updates, and the log, one
-row an update. A run that is there already is not repeated.
+Writes, beside the YAML file, `NAME.json`: the settings, the accuracy on held-out problems (one sample at temperature 1,
+without noise) every so many updates, of the policy in the precision it is trained in (`accuracy`) and in the numerics
+that sample its rollouts (`served`), that of the final policy in every number format (`formats`), and the log, one row
+an update. A run that is there already is not repeated.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import torch
 import transformers
 import yaml
 from arms import build_trainer
-from behaviour import Behaviour
+from behaviour import Behaviour, blank_copy, load_as
 from datasets import Dataset
 from filelock import FileLock
 from task import MAX_COMPLETION_LENGTH, accuracy, build_problems, is_correct, warm_start
@@ -65,16 +66,30 @@ DEFAULTS = {
 KEPT = ("step", "reward", "grad_norm", "entropy", "completions/mean_length")
 
 
-class Evaluation(TrainerCallback):
-    """Accuracy of the policy without noise, at the start, every so many updates, and at the end."""
+# What a trained policy may be served in.
+SERVED_IN = ("exact", "bf16", "int8", "int6", "int5", "int4", "int3")
 
-    def __init__(self, policy, tokenizer, problems: list[dict], every: int, updates: int):
+
+class Evaluation(TrainerCallback):
+    """Accuracy without noise, as trained and as served, at the start, every so many updates, and at the end."""
+
+    def __init__(self, policy, tokenizer, problems: list[dict], every: int, updates: int, numerics: str):
         self.policy, self.tokenizer, self.problems = policy, tokenizer, problems
         self.every, self.updates = every, updates
+        # A rounded copy of the latest weights: whatever lags, shakes or has noise while sampling is not served.
+        self.numerics = numerics if numerics in SERVED_IN else "exact"
+        self.copy = blank_copy(policy)
         self.accuracy: list[tuple[int, float]] = []
+        self.served: list[tuple[int, float]] = []
 
     def measure(self, step: int) -> None:
         self.accuracy.append((step, accuracy(self.policy, self.tokenizer, self.problems)))
+        served = self.accuracy[-1][1] if self.numerics == "exact" else self.in_format(self.numerics)
+        self.served.append((step, served))
+
+    def in_format(self, numerics: str) -> float:
+        load_as(numerics, self.copy, self.policy.state_dict())
+        return accuracy(self.copy, self.tokenizer, self.problems)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.measure(0)
@@ -99,8 +114,9 @@ def run(settings: dict, cache: Path) -> dict:
         policy, tokenizer = warm_start(cache / name, size, settings["start_accuracy"], device)
     set_seed(settings["seed"])
     evaluation = Evaluation(
-        policy, tokenizer, held_out[: settings["eval_problems"]], settings["eval_every"], settings["updates"]
-    )
+        policy, tokenizer, held_out[: settings["eval_problems"]], settings["eval_every"], settings["updates"],
+        settings["numerics"],
+    )  # fmt: skip
     with TemporaryDirectory() as folder, TemporaryDirectory() as served:
         if settings["numerics"] in FORMATS:
             engine, rollout = colocated(settings["numerics"], policy, tokenizer, Path(served)), None
@@ -149,7 +165,14 @@ def run(settings: dict, cache: Path) -> dict:
         for row in trainer.state.log_history
         if "reward" in row or "grad_norm" in row
     ]
-    return {"settings": settings, "accuracy": evaluation.accuracy, "log": log, "seconds": time.perf_counter() - start}
+    return {
+        "settings": settings,
+        "accuracy": evaluation.accuracy,
+        "served": evaluation.served,
+        "formats": {numerics: evaluation.in_format(numerics) for numerics in SERVED_IN},
+        "log": log,
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def main() -> None:

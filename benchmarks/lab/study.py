@@ -63,6 +63,7 @@ BY_INTEREST = ("mismatch_beyond", "stale_beyond", "mismatch_edge", "healthy", "s
 TUNING_SEEDS = (100,)
 SEEDS = (0, 1, 2, 3, 4)
 MORE_SEEDS = (5, 6, 7, 8, 9)
+NEW_SEEDS = (20, 21, 22, 23, 24)  # that nobody had looked at when the pairs of `fitted` were named
 MONITOR = {"alp_monitor_every": 5}  # not a divisor of the updates per batch: rollouts of all ages are looked at
 
 
@@ -203,6 +204,26 @@ def ablation() -> Runs:
             yield f"behaviour-noise-{sigma:g}-s{seed}", arm_settings("bypass_token", "wide", rate) | point | noisy
 
 
+def fitted() -> Runs:
+    """Noise of the size of the mismatch, of the size that ships, and none: three arms that share all else.
+
+    Decided before any of these runs was made: the pairs are fitted against none and against 0.01, at each point and
+    level, over the new seeds, on both yardsticks; all at one rate and clip range.
+    """
+    noise = {
+        "none": {},
+        "0.01": {"alp_sigma_init": DEFAULT_SIGMA, "alp_noise_target": None},
+        "fitted": {"alp_noise_target": 1.0},
+    }
+    points = ("mismatch_beyond", "healthy", "mismatch_edge", "stale_beyond")
+    for (noisy, plain), seed, point, (label, change) in itertools.product(
+        reversed(PAIRS), NEW_SEEDS, points, noise.items()
+    ):
+        arm = plain if label == "none" else noisy
+        settings = arm_settings(arm, "wide", RATES[0], **change) | POINTS[point] | {"seed": seed}
+        yield f"{point}-{noisy}-{label}-s{seed}", settings
+
+
 def quick() -> Runs:
     """Every arm at a learning rate that is too high for most of them, at the edge of the mismatch dial."""
     for arm in ARMS:
@@ -227,7 +248,7 @@ def engine() -> Runs:
         yield f"{numerics}-{arm}-s{seed}", arm_settings(arm, clip, rate) | point
 
 
-STAGES = {stage.__name__: stage for stage in (disease, tune, grid, matched, strong, ablation)}
+STAGES = {stage.__name__: stage for stage in (disease, tune, grid, matched, strong, ablation, fitted)}
 # With needs of their own, so to be asked for by name.
 FURTHER_STAGES = {"engine": engine, "gpu": gpu}
 
