@@ -26,7 +26,7 @@ test-triton: $(VENV)/.ready $(VENV)-triton/.ready  ## The Triton kernels, interp
 
 # In no environment of its own: it needs a torch that knows the GPU, with transformers, TRL, datasets and peft beside it.
 # With pytest-xdist the tests run in eight processes.
-GPU_TESTS := robustness gpu features trainer noise perturbation passes loss guard resume cost instruments
+GPU_TESTS := robustness gpu features trainer noise perturbation passes loss guard resume cost instruments fit channels
 test-gpu:  ## The method on a GPU (`make test-gpu PYTHON=...`)
 	TRL_ALP_TEST_DEVICE=cuda OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH} \
 	$(PYTHON) -m pytest -m "slow or not slow" $(GPU_TESTS:%=tests/test_%.py) \
@@ -41,7 +41,7 @@ test-compat: $(VENV)-oldest/.ready  ## The method on the oldest TRL and transfor
 	$(VENV)-oldest/bin/python -m pytest \
 		tests/test_trl_contract.py tests/test_perturbation.py tests/test_passes.py tests/test_families.py \
 		tests/test_loss.py tests/test_trainer.py tests/test_guard.py tests/test_resume.py tests/test_checks.py \
-		tests/test_features.py tests/test_instruments.py tests/test_benchmarks.py tests/test_fit.py
+		tests/test_features.py tests/test_instruments.py tests/test_benchmarks.py tests/test_fit.py tests/test_channels.py
 
 # DeepSpeed changes how accelerate and transformers load models as soon as it is installed, hence an environment of its
 # own. Its C++ ops are not built: ZeRO's arithmetic runs in torch.

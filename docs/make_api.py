@@ -7,8 +7,10 @@ import textwrap
 from pathlib import Path
 
 import trl_alp
+import trl_alp.channels
 import trl_alp.doctor
 import trl_alp.instruments
+import trl_alp.layers
 import trl_alp.mismatch
 import trl_alp.noise
 import trl_alp.perturbation
@@ -23,7 +25,8 @@ SECTIONS = {
         trl_alp.LayerwisePerturbation,
         trl_alp.noise.add_noise,
         trl_alp.perturbation.noise_seed,
-        trl_alp.perturbation.first_trained_layer,
+        trl_alp.layers.first_trained_layer,
+        trl_alp.channels.ChannelScale,
         trl_alp.log_importance_ratio,
         trl_alp.ratio.turns_from_mask,
         trl_alp.ratio.dual_clip,

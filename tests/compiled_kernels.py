@@ -30,10 +30,10 @@ def compile_only(run, *args, **kwargs):
 for kernel in (noise_triton._forward_kernel, noise_triton._backward_kernel):
     kernel.run = functools.partial(compile_only, kernel.run)
 dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-cases = [*itertools.product(dtypes, (64,), ("absolute", "rms"), (False, True))]
+cases = [*itertools.product(dtypes, (64,), ("absolute", "rms", "channel"), (False, True))]
 cases += [(torch.bfloat16, 7, "rms", False), (torch.float32, 7, "absolute", False)]  # rows that no vector divides
 for dtype, width, noise_scale, measured in cases:
     log_sigma = torch.zeros(1, requires_grad=True, dtype=torch.promote_types(dtype, torch.float32))
-    levels = NoiseLevels(log_sigma, measured=measured)
+    levels = NoiseLevels(log_sigma, measured=measured, channels=torch.ones(1, width))
     add_noise(torch.zeros(2, width, dtype=dtype), levels, 0, 2**63, noise_scale, "triton").sum().backward()
 print(compiled)

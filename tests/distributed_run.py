@@ -9,7 +9,7 @@ import torch
 
 out, overrides = sys.argv[1], dict(pair.split("=") for pair in sys.argv[2:])
 resume = overrides.pop("resume", None)
-overrides = {"max_steps": 2} | {name: int(value) for name, value in overrides.items()}
+overrides = {"max_steps": 2} | {k: value if k == "alp_noise_scale" else int(value) for k, value in overrides.items()}
 overrides["alp_enabled"] = bool(overrides.get("alp_enabled", True))
 extra = {}
 if overrides.pop("fixed_rollouts", 0):
@@ -47,6 +47,7 @@ state = {
     "world_size": trainer.accelerator.num_processes,
     "seeds": seeds,
     "log_sigma": trainer.perturbation.log_sigma.detach(),
+    "channel_rms": trainer.perturbation.channel_rms,
     "weights": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
     "log": tiny.history(trainer),
 }

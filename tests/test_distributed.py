@@ -130,6 +130,15 @@ def test_loss_and_sigma_gradient_under_fsdp_are_those_of_one_process(tmp_path, v
     torch.multiprocessing.spawn(compare_with_one_process, args=(version, tmp_path / "rendezvous"), nprocs=2)
 
 
+@pytest.mark.slow
+def test_two_processes_measure_the_same_channels(tmp_path):
+    settings = {"fixed_rollouts": 1, "alp_noise_scale": "channel", "alp_monitor_every": 1}
+    first, second = launch(tmp_path / "two", 2, **settings)
+    assert torch.equal(first["channel_rms"], second["channel_rms"])
+    assert torch.equal(first["log_sigma"], second["log_sigma"])
+    assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
+
+
 def test_two_processes_fit_the_same_sigma(tmp_path):
     settings = {"fixed_rollouts": 1, "alp_noise_target": 1, "alp_monitor_every": 1, "per_device_train_batch_size": 16}
     first, second = launch(tmp_path, 2, **settings)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 
 from trl_alp import LayerwisePerturbation
+from trl_alp.channels import ChannelScale
 from trl_alp.fit import SigmaFit
 
 
@@ -39,7 +40,7 @@ def mean_k3(log_ratio):
     return (log_ratio.expm1() - log_ratio).mean().item()
 
 
-@pytest.mark.parametrize("noise_scale", ["rms", "absolute"])
+@pytest.mark.parametrize("noise_scale", ["rms", "absolute", "channel"])
 @pytest.mark.parametrize("bits", ["bf16", 8, 5])
 @pytest.mark.parametrize("lora", [False, True])
 @torch.no_grad()
@@ -57,6 +58,10 @@ def test_the_fitted_sigma_is_that_of_bisection(bits, lora, noise_scale):
     )
     behaviour, plain = logps_of(engine, ids)[:, 3:], logps_of(model, ids)[:, 3:]
     perturbation = LayerwisePerturbation(model, sigma_init=0.01, noise_scale=noise_scale).to(tiny.DEVICE)
+    scale = ChannelScale(perturbation)
+    with scale.measured():
+        logps_of(model, ids)
+    scale.update()
 
     def noisy(seed):
         with perturbation.applied(seed):

@@ -32,7 +32,7 @@ backends = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", m
 streams = pytest.mark.parametrize(
     "backend", ["torch", *(pytest.param(each, marks=needs_triton) for each in ("triton", "triton, 16 bits"))]
 )
-scales = pytest.mark.parametrize("noise_scale", ["absolute", "rms"])
+scales = pytest.mark.parametrize("noise_scale", ["absolute", "rms", "channel"])
 
 SEED = 2**63 + 12345  # of 64 bits, the highest set
 ODD = 0x9E3779B97F4A7C15
@@ -40,8 +40,23 @@ ODD = 0x9E3779B97F4A7C15
 
 def add_noise(hidden, log_sigma, seed, noise_scale="absolute", backend="auto", **kwargs):
     """The noise of a model of one layer, and its measured power, asked and realised."""
-    levels = NoiseLevels(log_sigma.reshape(1), measured=True)
+    levels = NoiseLevels(log_sigma.reshape(1), measured=True, channels=channels_of(hidden)[None])
     return noise.add_noise(hidden, levels, 0, seed, noise_scale, backend, **kwargs), levels.take_power()[0]
+
+
+def channels_of(hidden):
+    """Sizes that a few channels lead, as they do in a model."""
+    width = hidden.shape[-1]
+    return torch.where(torch.arange(width, device=DEVICE) % 16 == 3, 4.0, 0.5) * torch.linspace(
+        0.5, 1.5, width, device=DEVICE
+    )
+
+
+def scale_of(hidden, noise_scale):
+    """`s(h)`, slow and obvious, in the dtype of `hidden`."""
+    if noise_scale == "channel":
+        return channels_of(hidden).to(hidden.dtype)
+    return hidden.square().mean(-1, keepdim=True).sqrt() if noise_scale == "rms" else 1
 
 
 def draw(backend, seed, *shape, dtype=torch.float32):
@@ -134,7 +149,7 @@ def test_gradients_equal_finite_differences(backend, noise_scale, shape):
     hidden = random_hidden(*shape, dtype=torch.float64)
     log_sigma = torch.tensor(-1.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
     # The gradient of `h` passes through; under "rms" this is no derivative of the output, since s(h) is detached.
-    inputs = (hidden.requires_grad_(noise_scale == "absolute"), log_sigma)
+    inputs = (hidden.requires_grad_(noise_scale != "rms"), log_sigma)
     assert torch.autograd.gradcheck(lambda h, s: add_noise(h, s, SEED, noise_scale, backend)[0], inputs)
 
 
@@ -150,7 +165,7 @@ def test_gradients_equal_autograds_with_stored_noise(backend, noise_scale, dtype
         hidden = random_hidden(*shape, dtype=dtype).requires_grad_()
         log_sigma = torch.tensor(-1.0, device=DEVICE, requires_grad=True)
         if stored:
-            scale = hidden.detach().float().square().mean(-1, keepdim=True).sqrt() if noise_scale == "rms" else 1
+            scale = scale_of(hidden.detach().float(), noise_scale)
             out = (hidden + log_sigma.exp() * scale * delta).to(dtype)
         else:
             out, _ = add_noise(hidden, log_sigma, SEED, noise_scale, backend)
@@ -247,7 +262,7 @@ def test_the_sum_is_formed_in_high_precision_and_rounded_once(backend, noise_sca
     out, _ = add_noise(hidden, torch.tensor(-2.0, device=DEVICE, dtype=wide), SEED, noise_scale, backend)
     assert out.dtype == dtype and out.shape == hidden.shape and out.is_contiguous()
     exact = hidden.double()
-    scale = exact.square().mean(-1, keepdim=True).sqrt() if noise_scale == "rms" else 1
+    scale = scale_of(exact, noise_scale)
     delta = draw(stream_of(backend, dtype), SEED, *shape, dtype=wide).double()  # torch's fp64 noise is its own
     added = math.exp(-2) * scale * delta
     exact = exact + added
@@ -282,7 +297,8 @@ def test_the_global_random_state_is_untouched(backend):
 def test_the_measured_noise_is_what_survives_rounding(backend, noise_scale):
     hidden = 3 * random_hidden(28, 64, 96)
     hidden[:, :16] = 0  # padding, which is left out
-    sigma, size = torch.tensor(0.01, device=DEVICE), 1 if noise_scale == "absolute" else 9
+    sigma = torch.tensor(0.01, device=DEVICE)
+    size = {"absolute": 1, "rms": 9, "channel": channels_of(hidden).square().mean().item()}[noise_scale]
     _, (asked, realised) = add_noise(hidden, sigma.log(), SEED, noise_scale, backend)
     assert asked.item() == pytest.approx(0.75 * size * 1e-4, rel=0.1)
     assert (realised / asked).item() == pytest.approx(1, abs=0.05)
@@ -340,11 +356,11 @@ def test_every_kernel_compiles_for_a_gpu_and_not_for_the_interpreter_alone(tmp_p
     command = [sys.executable, str(Path(__file__).parent / "compiled_kernels.py")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-1] == "36"  # 18 cases, forward and backward
+    assert done.stdout.split()[-1] == "52"  # 26 cases, forward and backward
 
 
 def add_noise_in_tiles(hidden, log_sigma, noise_scale, warps):
-    levels = NoiseLevels(log_sigma.reshape(1))
+    levels = NoiseLevels(log_sigma.reshape(1), channels=channels_of(hidden)[None])
     return TRITON.AddNoiseTriton.apply(hidden, levels.token, levels, 0, SEED, noise_scale, 0, warps)
 
 
@@ -360,7 +376,7 @@ def test_tiles_make_no_difference_to_the_noise(backend, shape, noise_scale):
         results.append((out, log_sigma.grad))
     for out, gradient in results[1:]:
         # The RMS is summed in another order, by which it may be off by a unit.
-        torch.testing.assert_close(out, results[0][0], rtol=0 if noise_scale == "absolute" else 1e-6, atol=0)
+        torch.testing.assert_close(out, results[0][0], rtol=1e-6 if noise_scale == "rms" else 0, atol=0)
         torch.testing.assert_close(gradient, results[0][1], rtol=1e-4, atol=1e-4)
 
 
@@ -413,7 +429,9 @@ def gradients(model, perturbation, seed=5):
 def perturbed_model(backend, noise_scale="rms"):
     model = tiny.model().train()
     arguments = {"sigma_init": 0.1, "noise_scale": noise_scale, "noise_backend": backend}
-    return model, LayerwisePerturbation(model, **arguments).to(DEVICE)
+    perturbation = LayerwisePerturbation(model, **arguments).to(DEVICE)
+    perturbation.channel_rms = torch.rand(2, model.config.hidden_size, device=DEVICE)
+    return model, perturbation
 
 
 @backends

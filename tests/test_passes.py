@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from test_perturbation import layer_seed
 
 from trl_alp import LayerwisePerturbation
-from trl_alp.perturbation import _FORWARD_STRIDE, find_decoder_layers, first_trained_layer
+from trl_alp.layers import find_decoder_layers, first_trained_layer
+from trl_alp.perturbation import _FORWARD_STRIDE
 
 
 IDS = tiny.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])

@@ -17,7 +17,9 @@ from transformers import (
 )
 
 from trl_alp import LayerwisePerturbation
-from trl_alp.perturbation import find_decoder_layers, noise_seed, parse_layers
+from trl_alp.channels import ChannelScale
+from trl_alp.layers import find_decoder_layers, parse_layers
+from trl_alp.perturbation import noise_seed
 
 
 IDS = tiny.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])
@@ -41,6 +43,8 @@ def add_by_hand(layers, indices, sigma, perturbation, seed, noise_scale):
             noise = delta * level.to(dtype)
             if noise_scale == "rms":
                 noise = noise * hidden.detach().to(dtype).square().mean(-1, keepdim=True).sqrt()
+            elif noise_scale == "channel":
+                noise = noise * perturbation.channel_rms[perturbation.layer_indices.index(index)].to(dtype)
             hidden = (hidden + noise).to(hidden.dtype)
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
@@ -52,14 +56,23 @@ def add_by_hand(layers, indices, sigma, perturbation, seed, noise_scale):
     ]
 
 
+def measure_channels(model, perturbation):
+    if perturbation.noise_scale == "channel":
+        scale = ChannelScale(perturbation)
+        with torch.no_grad(), scale.measured(MASK):
+            model(IDS, attention_mask=MASK)
+        scale.update()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("noise_scale", ["absolute", "rms"])
+@pytest.mark.parametrize("noise_scale", ["absolute", "rms", "channel"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_perturbed_forward_equals_noise_added_by_hand_at_the_layer_input(family, noise_scale, dtype):
     model = tiny.model(family, layers=3, dtype=dtype)
     perturbation = LayerwisePerturbation(
         model, layers=[0, 2], sigma_init=0.1, noise_scale=noise_scale, noise_backend="torch"
     )
+    measure_channels(model, perturbation)
     plain = model(IDS, attention_mask=MASK).logits
     with perturbation.applied(7):
         perturbed = model(IDS, attention_mask=MASK).logits
@@ -100,12 +113,13 @@ def double_loss(model):
     return -logps.gather(-1, IDS[:, 1:, None]).mean()
 
 
-@pytest.mark.parametrize("noise_scale", ["absolute", "rms"])
+@pytest.mark.parametrize("noise_scale", ["absolute", "rms", "channel"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_log_sigma_gradient_equals_finite_differences_in_fp64(family, noise_scale):
     model = double_model(family)
     settings = {"noise_scale": noise_scale, "noise_backend": "torch"}
     perturbation = LayerwisePerturbation(model, sigma_init=0.1, **settings).double()
+    measure_channels(model, perturbation)
     with perturbation.applied(7):
         double_loss(model).backward()
     step = 1e-5
@@ -114,7 +128,7 @@ def test_log_sigma_gradient_equals_finite_differences_in_fp64(family, noise_scal
         for sign in (1, -1):
             with torch.no_grad():
                 perturbation.log_sigma[layer] += sign * step
-                if noise_scale == "absolute":
+                if noise_scale != "rms":
                     with perturbation.applied(7):
                         values.append(double_loss(model).item())
                 else:  # the scale is detached, so it must not move with sigma at the layers behind

@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, instrument
+from trl_alp.alp_watching import ALPWatcher, is_first_fresh, is_monitored
 from trl_alp.checks import check_server
 from trl_alp.perturbation import noise_seed
 from trl_alp.ratio import LEVELS
-from trl_alp.watching import ALPWatcher, is_first_fresh, is_monitored
 
 
 STOCK_DEFAULTS = {

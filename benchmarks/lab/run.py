@@ -5,10 +5,10 @@ One run of the lab, described by one YAML file of what differs from `DEFAULTS` b
     mkdir -p runs/lab && echo '{arm: alp_sequence, numerics: int3, seed: 7}' > runs/lab/mine.yaml
     python benchmarks/lab/run.py runs/lab/mine.yaml
 
-Writes, beside the YAML file, `NAME.json`: the settings, the accuracy on held-out problems (one sample at temperature 1,
-without noise) every so many updates, of the policy in the precision it is trained in (`accuracy`) and in the numerics
-that sample its rollouts (`served`), that of the final policy in every number format (`formats`), and the log, one row
-an update. A run that is there already is not repeated.
+Writes, beside the YAML file, `NAME.json`: the settings, the accuracy on held-out problems (one sample at temperature
+1, without noise) every so many updates, of the policy in the precision it is trained in (`accuracy`) and in the
+numerics that sample its rollouts (`served`), that of the final policy in every number format (`formats`), and the log,
+one row an update. A run that is there already is not repeated.
 """
 
 import argparse

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from accelerate.logging import get_logger
 from trl import GRPOConfig
 
+from .layers import parse_layers
 from .noise import NOISE_BACKENDS, NOISE_SCALES, check_noise_backend, check_noise_scale
-from .perturbation import check_sigma, is_finite_number, parse_layers
+from .perturbation import check_sigma, is_finite_number
 from .ratio import LEVELS, check_level
 from .sampling import neutral_value, reshaping
 
@@ -38,8 +39,11 @@ class ALPGRPOConfig(GRPOConfig):
             It is careful: in our small-scale study (`docs/results.md`) 0.01 changed next to nothing; 0.1
             narrowed a mismatch of its own size, without a gain in accuracy, and at a cost where it was small.
         alp_noise_scale (`str`, *optional*, defaults to `"rms"`):
-            `"rms"`: noise `sigma * RMS(h) * delta` with the RMS of each token's hidden state, ours. `"absolute"`:
-            noise `sigma * delta`, the paper (section 3).
+            `"rms"`: noise `sigma * RMS(h) * delta` with the RMS of each token's hidden state, ours. `"channel"`:
+            noise `sigma * c * delta`, where `c` is the running RMS of each channel at each layer, ours too; a few
+            channels hold most of the energy, and as much noise in the others costs less divergence. Its first
+            measurement costs one forward of one micro-batch, later ones are the monitor's. `"absolute"`: noise
+            `sigma * delta`, the paper (section 3).
         alp_learn_sigma (`bool`, *optional*, defaults to `True`):
             Whether sigma is trained together with the policy, one scalar per layer (paper, section 3). Where the
             lowest decoder layers hold nothing trainable (LoRA on the upper ones), their sigma keeps its initial
@@ -147,8 +151,8 @@ class ALPGRPOConfig(GRPOConfig):
     alp_noise_scale: str = field(
         default="rms",
         metadata={
-            "help": "`rms`: noise relative to the RMS of each token's hidden state. `absolute`: the paper's "
-            "sigma * delta.",
+            "help": "`rms`: noise relative to the RMS of each token's hidden state. `channel`: relative to the "
+            "running RMS of each channel at each layer. `absolute`: the paper's sigma * delta.",
             "choices": list(NOISE_SCALES),
         },
     )

@@ -4,7 +4,8 @@
     out = h + sigma * s(h) * delta(seed),      delta ~ N(0, I),      sigma = exp(log_sigma)
     dL/dh = g,      dL/dlog_sigma = sum(g * sigma * s(h) * delta(seed)),      g = dL/dout
 
-with `s(h) = 1` (absolute) or the detached RMS of each token. `delta` is drawn again in the backward and never stored.
+with `s(h) = 1` (absolute), the detached RMS of each token, or a given size of each channel. `delta` is drawn again in
+the backward and never stored.
 
 Two backends behind [`add_noise`]: torch, the reference, and one Triton kernel each way for CUDA, in which the noise
 never leaves the registers: the forward reads and writes `h` once, the backward reads `g` once. They draw different
@@ -23,9 +24,9 @@ try:
 except ImportError:
     noise_triton = None
 
-NoiseScale = Literal["absolute", "rms"]
+NoiseScale = Literal["absolute", "rms", "channel"]
 NoiseBackend = Literal["auto", "torch", "triton"]
-NOISE_SCALES: tuple[str, ...] = ("absolute", "rms")
+NOISE_SCALES: tuple[str, ...] = ("absolute", "rms", "channel")
 NOISE_BACKENDS: tuple[str, ...] = ("auto", "torch", "triton")
 # Positions of each sequence looked at when measuring how much of the noise survives rounding.
 _MEASURED_POSITIONS = 64
@@ -49,6 +50,8 @@ class NoiseLevels:
             Device of the layers, where it is not that of `log_sigma`.
         measured (`bool`, *optional*, defaults to `False`):
             Whether the forward measures how much of the noise survives rounding.
+        channels (`torch.Tensor` of shape `(L, H)`, *optional*):
+            Size of each channel at each layer, for the noise scale `"channel"`.
 
     Attributes:
         sigma (`torch.Tensor` of shape `(L,)`):
@@ -57,8 +60,15 @@ class NoiseLevels:
             Leads the gradient to `log_sigma`. `None` if that does not require one.
     """
 
-    def __init__(self, log_sigma: torch.Tensor, device: torch.device | None = None, measured: bool = False) -> None:
+    def __init__(
+        self,
+        log_sigma: torch.Tensor,
+        device: torch.device | None = None,
+        measured: bool = False,
+        channels: torch.Tensor | None = None,
+    ) -> None:
         self.sigma = log_sigma.detach().exp().to(device or log_sigma.device)
+        self.channels = None if channels is None else channels.to(self.sigma.device)
         self.of_layer = self.sigma.unbind()
         self.measured, self.closed = measured, False
         self._sums: _Buffers = {}
@@ -155,7 +165,7 @@ def add_noise(
             nothing waits for a device.
         noise_scale (`str`, *optional*, defaults to `"absolute"`):
             `"absolute"`: noise `sigma * delta`. `"rms"`: noise `sigma * RMS(h) * delta`, with the detached RMS of
-            each token.
+            each token. `"channel"`: noise `sigma * c * delta`, with the layer's row `c` of `levels.channels`.
         backend (`str`, *optional*, defaults to `"auto"`):
             `"torch"`, `"triton"`, or `"auto"`: Triton for a tensor on an NVIDIA GPU where Triton is installed, else
             torch.
@@ -213,6 +223,8 @@ class _AddNoise(torch.autograd.Function):
         scale, sigma = None, levels.of_layer[position]
         if noise_scale == "rms":
             scale = hidden.to(_at_least_fp32(hidden.dtype)).square().mean(dim=-1, keepdim=True).sqrt_()  # (..., T, 1)
+        elif noise_scale == "channel":
+            scale = levels.channels[position]  # (H,)
         noise = _standard_normal(hidden, seed).mul_(sigma)
         if scale is not None:
             noise.mul_(scale)
@@ -239,7 +251,9 @@ def _noise_power(hidden, perturbed, sigma, scale):
     sample = (..., slice(None, None, max(1, hidden.shape[-2] // _MEASURED_POSITIONS)), slice(None))
     hidden, perturbed = hidden[sample], perturbed[sample]
     realised = (perturbed.to(_at_least_fp32(hidden.dtype)) - hidden).square().mean(-1, keepdim=True)
-    asked = sigma.square().expand_as(realised) if scale is None else sigma.square() * scale[sample].square()
+    asked = sigma.square().expand_as(realised)
+    if scale is not None:
+        asked = asked * (scale if scale.dim() == 1 else scale[sample]).square().mean(-1, keepdim=True)
     # All-zero rows are the embedding of the padding token; around 0 every format resolves any noise.
     real = hidden.any(-1, keepdim=True)
     return torch.stack([(asked * real).mean(), (realised * real).mean()])

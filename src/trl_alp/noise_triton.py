@@ -139,6 +139,7 @@ def _forward_kernel(
     position,  # the layer's in `sigma` and `power`
     scale,  # (any, rows), of which row `place` is written with RMS
     place,
+    channels,  # (L, H), of which row `position` is read with CHANNEL
     power,  # (L, measuring programs, 2), of which row `position` is written with MEASURED: mean square of the noise
     seed,
     rows,
@@ -148,6 +149,7 @@ def _forward_kernel(
     SHORT: tl.constexpr,
     VECTOR: tl.constexpr,
     RMS: tl.constexpr,
+    CHANNEL: tl.constexpr,
     KEPT: tl.constexpr,
     WIDE: tl.constexpr,
     MEASURED: tl.constexpr,
@@ -170,6 +172,7 @@ def _forward_kernel(
         level *= rms
     squares = tl.zeros((ROWS, COLS), WIDE)
     largest = tl.zeros((ROWS, COLS), WIDE)
+    sizes = tl.zeros((1, COLS), WIDE)
     for start in tl.static_range(0, H, COLS):
         inside = (row < rows) & (start + col < H)
         if KEPT:
@@ -177,6 +180,10 @@ def _forward_kernel(
         else:
             h = tl.load(hidden + row * H + (start + col), mask=inside, other=0.0).to(WIDE)
         noise = level * _normal(seed, row, start, H, ROWS, COLS, SHORT, VECTOR).to(WIDE)
+        if CHANNEL:
+            size = tl.load(channels + position.to(tl.int64) * H + (start + col), mask=start + col < H, other=0.0)
+            noise *= size.to(WIDE)
+            sizes += size.to(WIDE) * size.to(WIDE)
         rounded = (h + noise).to(out.dtype.element_ty)
         tl.store(out + row * H + (start + col), rounded, mask=inside)
         # Nested, since `and` would be computed on the device and what hangs on it compiled, measured or not.
@@ -191,8 +198,9 @@ def _forward_kernel(
             real = tl.max(largest, axis=1, keep_dims=True) > 0
             weight = tl.where(real, 1.0, 0.0) / tl.minimum(rows - program * ROWS, ROWS)
             realised = tl.sum(squares, axis=1, keep_dims=True) / H
+            asked = weight * (tl.sum(sizes) / H) if CHANNEL else weight
             pair = power + (position * tl.cdiv(tl.num_programs(0), _MEASURED_EVERY) + program // _MEASURED_EVERY) * 2
-            tl.store(pair, tl.sum(level * level * weight))
+            tl.store(pair, tl.sum(level * level * asked))
             tl.store(pair + 1, tl.sum(realised * weight))
 
 
@@ -201,6 +209,7 @@ def _backward_kernel(
     grad,
     scale,  # (any, rows), of which row `place` is read with RMS
     place,
+    channels,  # (L, H), of which row `position` is read with CHANNEL
     sums,  # (L, programs), of which row `position` is written: each program's part of sum(g * s(h) * delta)
     position,
     seed,
@@ -211,6 +220,7 @@ def _backward_kernel(
     SHORT: tl.constexpr,
     VECTOR: tl.constexpr,
     RMS: tl.constexpr,
+    CHANNEL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -220,6 +230,10 @@ def _backward_kernel(
     for start in tl.static_range(0, H, COLS):
         inside = (row < rows) & (start + col < H)
         g = tl.load(grad + row * H + (start + col), mask=inside, other=0.0).to(WIDE)
+        if CHANNEL:
+            g *= tl.load(channels + position.to(tl.int64) * H + (start + col), mask=start + col < H, other=0.0).to(
+                WIDE
+            )
         products += g * _normal(seed, row, start, H, ROWS, COLS, SHORT, VECTOR).to(WIDE)
     if RMS:
         products *= tl.load(scale + place.to(tl.int64) * rows + row, mask=row < rows, other=0.0)
@@ -261,6 +275,7 @@ class AddNoiseTriton(torch.autograd.Function):
         ctx.seed = seed - 2**64 if seed >= 2**63 else seed
         ctx.levels, ctx.position, ctx.call, ctx.warps = levels, position, call, warps
         ctx.rms, ctx.scale, ctx.place = noise_scale == "rms", None, 0
+        ctx.channels = levels.channels if noise_scale == "channel" else None
         if hidden.numel() == 0:
             return out
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -281,10 +296,12 @@ class AddNoiseTriton(torch.autograd.Function):
                 position,
                 ctx.scale,
                 ctx.place,
+                ctx.channels,
                 power,
                 ctx.seed,
                 rows,
                 RMS=ctx.rms,
+                CHANNEL=ctx.channels is not None,
                 KEPT=ctx.rms and row_bytes <= _KEPT_BYTES,
                 MEASURED=levels.measured,
                 **constants,
@@ -304,11 +321,13 @@ class AddNoiseTriton(torch.autograd.Function):
                     contiguous,
                     ctx.scale,
                     ctx.place,
+                    ctx.channels,
                     sums,
                     ctx.position,
                     ctx.seed,
                     rows,
                     RMS=ctx.rms,
+                    CHANNEL=ctx.channels is not None,
                     **constants,
                 )
         return (grad, *[None] * 7)

@@ -7,7 +7,7 @@ During the policy update, and only then, the input of every decoder layer `l` be
 
 before the layer's norm and residual branch, with one trainable scalar `log_sigma_l` per layer. `s(h) = 1` is the
 paper's absolute scale; `s(h) = RMS(h)`, per token and detached, makes sigma mean the same at every depth and in every
-model.
+model; the size of each channel, which `channels.py` measures, makes it mean the same in each of them too.
 
 The noise is replayed, never stored: forward and backward draw the same `delta` from the same seed, so the perturbation
 costs no activation memory and the global random state is never touched. `noise.py` computes the sum and its gradient,
@@ -22,17 +22,17 @@ was made between the beginning and the end of its pass.
 import inspect
 import math
 import numbers
-import re
 import weakref
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from .layers import find_decoder_layers, parse_layers
 from .noise import NoiseBackend, NoiseLevels, NoiseScale, add_noise, check_noise_backend, check_noise_scale
 
 
@@ -63,149 +63,6 @@ def noise_seed(run_seed: int, micro_batch: int) -> int:
     return (run_seed * _ODD_MULTIPLIER + micro_batch) % 2**64
 
 
-def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """
-    Find the decoder layers of a Hugging Face decoder language model.
-
-    Works on the bare model and through wrappers (PEFT, DDP, FSDP, DeepSpeed, `torch.compile`). Of a vision-language
-    model, the layers of the text tower are returned.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model, bare or wrapped.
-
-    Returns:
-        `torch.nn.ModuleList`: The decoder layers, in order.
-
-    Raises:
-        `ValueError`: If the model is an encoder-decoder, or if there is not exactly one list of
-            `config.get_text_config().num_hidden_layers` layers below `model.get_decoder()`.
-    """
-    base = next((m for m in model.modules() if hasattr(m, "get_decoder") and hasattr(m, "config")), None)
-    if base is None:
-        raise ValueError(
-            f"No decoder layers found in {type(model).__name__}: looked for a Hugging Face model, that is a module "
-            "with `config` and `get_decoder()`. ALP perturbs the decoder layers of a causal language model; pass one "
-            "that `AutoModelForCausalLM` or `AutoModelForImageTextToText` loads."
-        )
-    if getattr(base.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(base).__name__} is an encoder-decoder (`config.is_encoder_decoder=True`). ALP is defined for "
-            "decoder-only language models; use one of those."
-        )
-    text_config = base.config.get_text_config()
-    num_layers = getattr(text_config, "num_hidden_layers", None)
-    if getattr(text_config, "model_type", None) == "longcat_flash":  # there it counts attentions, two to a layer
-        num_layers = text_config.num_layers
-    decoder = base.get_decoder()
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in decoder.named_modules():
-        is_layer_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
-        nested = any(name.startswith(f"{outer}.") for outer in found)
-        # A layer may hold a list of as many experts; the outermost list is the layers'.
-        if is_layer_list and not nested:
-            found[name] = module
-    if len(found) != 1:
-        raise ValueError(
-            f"No unique decoder layers found in {type(base).__name__}: looked below `get_decoder()` "
-            f"({type(decoder).__name__}) for one `ModuleList` of `config.get_text_config().num_hidden_layers` = "
-            f"{num_layers} layers and found {len(found)}: {sorted(found)}. Please report the model's class name."
-        )
-    return next(iter(found.values()))
-
-
-def first_trained_layer(model: nn.Module) -> int:
-    """
-    The lowest decoder layer whose input the gradient of the loss has to reach for the model's own parameters.
-
-    Sigma of the layers below it is not worth training: its gradient would keep activations that nothing else needs.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model, bare or wrapped.
-
-    Returns:
-        `int`: Index of the lowest decoder layer that holds a trainable parameter, 0 if anything that feeds the layers
-            (an embedding, a vision tower) is trainable, the number of layers if nothing but the final norm and the
-            output embedding is.
-    """
-    layers = find_decoder_layers(model)
-    base = next(m for m in model.modules() if hasattr(m, "get_decoder") and hasattr(m, "config"))
-    decoder_modules = list(base.get_decoder().modules())
-    place = next(i for i, module in enumerate(decoder_modules) if module is layers)
-    in_layers = {id(module) for module in layers.modules()}
-
-    def own_parameters(modules):
-        return {id(p) for module in modules if id(module) not in in_layers for p in module.parameters(recurse=False)}
-
-    front = own_parameters(decoder_modules[:place])  # a tied output embedding is one of them
-    head = base.get_output_embeddings()
-    behind = own_parameters([*decoder_modules[place:], *(head.modules() if head is not None else ())]) - front
-    layer_of = {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
-    trained = [id(p) for p in model.parameters() if p.requires_grad and id(p) not in behind]
-    return min((layer_of.get(p, 0) for p in trained), default=len(layers))
-
-
-def parse_layers(
-    layers: Sequence[int] | int | str | None, num_layers: int | None, name: str = "layers"
-) -> list[int] | None:
-    """
-    Turn a choice of layers into sorted layer indices.
-
-    Args:
-        layers (`list[int]`, `int` or `str`, *optional*):
-            `None` or `"all"` for all layers, an index or a list of them, or a string of comma-separated parts, each
-            of them an index (`"7"`), an inclusive range (`"0-5"`), `"first:6"` or `"last:5"`.
-        num_layers (`int`, *optional*):
-            How many layers the model has. `None` where there is no model yet: the choice is checked as far as it goes.
-        name (`str`, *optional*, defaults to `"layers"`):
-            What errors call the choice.
-
-    Returns:
-        `list[int]`: Layer indices, increasing; `None` without `num_layers`.
-
-    Raises:
-        `ValueError`: If the choice is empty, cannot be read, names a layer twice or one the model does not have.
-    """
-    has = "" if num_layers is None else f" The model has {num_layers} layers (0 to {num_layers - 1})."
-    total = 10**6 if num_layers is None else num_layers
-
-    def wrong(why: str) -> ValueError:
-        return ValueError(f"{name}={layers!r} {why}.{has}")
-
-    def read(part: str) -> range:
-        if match := re.fullmatch(r"(first|last):(\d+)", part):
-            count = int(match[2])
-            if count == 0:
-                raise wrong(f"chooses no layer at {part!r}; ask for at least one")
-            if count > total:
-                raise wrong(f"asks for more layers than there are at {part!r}")
-            return range(count) if match[1] == "first" else range(total - count, total)
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise wrong(
-                f"cannot be read at {part!r}; use indices and inclusive ranges (`'0-5,7'`), `'first:6'`, `'last:5'`, "
-                "a list of integers, or None for all layers"
-            )
-        return range(int(match[1]), int(match[2] or match[1]) + 1)
-
-    if layers is None or layers == "all":
-        return None if num_layers is None else list(range(num_layers))
-    if isinstance(layers, str):
-        indices = [index for part in layers.split(",") if part.strip() for index in read(part.strip())]
-    else:
-        indices = list(layers) if isinstance(layers, Sequence) else [layers]
-        if not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
-            raise wrong("must be an integer, a list of integers, a string such as `'first:6'`, or None for all layers")
-    if not indices:
-        raise wrong("chooses no layer; leave it None for all of them")
-    if outside := [index for index in indices if not 0 <= index < total]:
-        raise wrong(f"names the layers {outside}, which are not there")
-    if len(set(indices)) != len(indices):
-        raise wrong("names a layer more than once")
-    return None if num_layers is None else sorted(indices)
-
-
 class ScoringPass:
     """
     A scoring pass: its noise, and what a recompute in backward has to know of the pass whose layers it runs again.
@@ -217,10 +74,12 @@ class ScoringPass:
             Natural logarithm of the noise level of each perturbed layer.
         measured (`bool`):
             Whether to measure how much of the noise survives rounding.
+        channels (`torch.Tensor` of shape `(L, H)`, *optional*):
+            Size of each channel at each perturbed layer, where the noise is relative to that.
     """
 
-    def __init__(self, seed: int, log_sigma: torch.Tensor, measured: bool):
-        self.seed, self.log_sigma, self.measured = seed, log_sigma, measured
+    def __init__(self, seed: int, log_sigma: torch.Tensor, measured: bool, channels: torch.Tensor | None = None):
+        self.seed, self.log_sigma, self.measured, self.channels = seed, log_sigma, measured, channels
         self.began = torch._C._autograd._get_sequence_nr()
         self.ended: int | float = math.inf  # while it is open
         # Of each perturbed layer, the sequence number at each of its calls.
@@ -230,7 +89,7 @@ class ScoringPass:
     def levels_on(self, device: torch.device) -> NoiseLevels:
         """The noise levels of the layers that run on a device."""
         if device not in self.levels:
-            self.levels[device] = NoiseLevels(self.log_sigma, device, self.measured)
+            self.levels[device] = NoiseLevels(self.log_sigma, device, self.measured, self.channels)
         return self.levels[device]
 
     def close(self) -> None:
@@ -317,13 +176,14 @@ class LayerwisePerturbation(nn.Module):
             Which decoder layers to perturb: `None` for all (the paper's best, its layer ablation), an index, a list of
             indices, or a string such as `"0-5"`, `"first:6"`, `"last:5"` or `"0,3,7"`.
         sigma_init (`float`, *optional*, defaults to `0.01`):
-            Initial noise level of every layer: a standard deviation (`"absolute"`) or a fraction of the RMS of the
-            hidden state (`"rms"`).
+            Initial noise level of every layer: a standard deviation (`"absolute"`), or a fraction of the RMS of the
+            hidden state (`"rms"`) or of each of its channels (`"channel"`).
         learnable (`bool`, *optional*, defaults to `True`):
             Whether `log_sigma` gets gradients.
         noise_scale (`str`, *optional*, defaults to `"rms"`):
-            `"rms"`, `sigma * RMS(h) * delta` with the detached RMS of each token, or `"absolute"`, the paper's
-            `sigma * delta`. The default `sigma_init` is meant for `"rms"`.
+            `"rms"`, `sigma * RMS(h) * delta` with the detached RMS of each token; `"channel"`, `sigma * c * delta`
+            with the size `c` of each channel at each layer, which [`ChannelScale`] measures; or `"absolute"`, the
+            paper's `sigma * delta`. The default `sigma_init` is meant for `"rms"`.
         noise_backend (`str`, *optional*, defaults to `"auto"`):
             What adds the noise, see [`noise.add_noise`]: `"torch"`, `"triton"`, or `"auto"` for Triton on an NVIDIA
             GPU where it is installed and torch elsewhere. The backends draw different noise from the same seed.
@@ -342,6 +202,8 @@ class LayerwisePerturbation(nn.Module):
         measuring (`bool`):
             Whether the passes that begin from now on measure how much of their noise survives rounding, for
             [`~LayerwisePerturbation.effective_noise`]. True at first.
+        channel_rms (`torch.Tensor` of shape `(L, H)`, *optional*):
+            Size of each channel at each perturbed layer, of the noise scale `"channel"`. `None` until it is measured.
         first_trained (`int`):
             Sigma of the layers below this one gets no gradient; their noise stays. 0 at first, see
             [`first_trained_layer`].
@@ -390,6 +252,8 @@ class LayerwisePerturbation(nn.Module):
         self.measuring = True
         # Mean square of the noise (asked, realised) at each layer, over a sample of positions of the latest pass.
         self.register_buffer("noise_power", torch.zeros(*size, 2), persistent=False)
+        self.register_buffer("channel_rms", None, persistent=False)
+        self.observe: Callable[[torch.Tensor, int], None] | None = None
         self.hidden_dtype: torch.dtype | None = None  # of the latest perturbed forward
         self.first_trained = 0
         self.scoring: ScoringPass | None = None  # the one that is open
@@ -406,7 +270,7 @@ class LayerwisePerturbation(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy awaits no backward; what the original awaits cannot be copied.
-        return self.__dict__ | {"scoring": None, "passes": deque(maxlen=_REMEMBERED_PASSES)}
+        return self.__dict__ | {"scoring": None, "observe": None, "passes": deque(maxlen=_REMEMBERED_PASSES)}
 
     @property
     def sigma(self) -> torch.Tensor:
@@ -427,11 +291,13 @@ class LayerwisePerturbation(nn.Module):
                 two (seed, layer) pairs share a stream, nor do two forwards of one pass. See [`noise_seed`].
 
         Raises:
-            `RuntimeError`: If a pass is open already.
+            `RuntimeError`: If a pass is open already, or the size of the channels is not known yet.
         """
         if self.scoring is not None:
             raise RuntimeError("`applied` is already active; leave the outer context first.")
-        scoring = self.scoring = ScoringPass(int(seed), self.log_sigma, self.measuring)
+        if self.noise_scale == "channel" and self.channel_rms is None:
+            raise RuntimeError('noise_scale="channel" needs the size of each channel: measure it by `ChannelScale`.')
+        scoring = self.scoring = ScoringPass(int(seed), self.log_sigma, self.measuring, self.channel_rms)
         self.switch["on"] = True
         try:
             yield scoring
@@ -443,6 +309,27 @@ class LayerwisePerturbation(nn.Module):
             self.scoring = None
             self.switch["on"] = len(self.passes) > 0
 
+    @contextmanager
+    def observed(self, observe: Callable[[torch.Tensor, int], None]) -> Iterator[None]:
+        """
+        Look at the inputs of the perturbed layers in every forward of the model inside the context; none is perturbed.
+
+        Args:
+            observe (`Callable`):
+                Called with the hidden state, of shape `(..., T, H)`, and the position of the layer in `layer_indices`.
+
+        Raises:
+            `RuntimeError`: If a pass is open.
+        """
+        if self.scoring is not None:
+            raise RuntimeError("`applied` is active; leave its context first.")
+        self.observe, self.switch["on"] = observe, True
+        try:
+            yield
+        finally:
+            self.observe = None
+            self.switch["on"] = len(self.passes) > 0
+
     def forget_passes(self) -> None:
         """Forget the closed passes; to be called when their backward is done, or will not come."""
         self.passes.clear()
@@ -451,6 +338,9 @@ class LayerwisePerturbation(nn.Module):
     def perturb(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
         """Add the noise of the perturbed layer at `position` to its input, if this forward belongs to a scoring pass.
         # (B, T, H) -> (B, T, H)"""
+        if self.observe is not None:
+            self.observe(hidden, position)
+            return hidden
         scoring, call = self._pass_of_this_forward(position)
         if scoring is None:
             return hidden

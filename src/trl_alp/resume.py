@@ -56,6 +56,7 @@ def save_state(trainer, output_dir: str) -> None:
             "num_layers": perturbation.num_layers,
             "noise_scale": perturbation.noise_scale,
             "log_sigma": perturbation.log_sigma.detach().cpu(),
+            "channel_rms": None if perturbation.channel_rms is None else perturbation.channel_rms.cpu(),
             "optimizer": None if optimizer is None else optimizer.adam.state_dict(),
             "fit": None if trainer.sigma_fit is None else trainer.sigma_fit.state_dict(),
             "micro_batches": trainer.micro_batches,
@@ -145,6 +146,8 @@ def _load_sigma(trainer, path: str, of_bypass: bool) -> None:
     with torch.no_grad():
         trainer.perturbation.log_sigma.copy_(state["log_sigma"])
     trainer.perturbation.bound_()
+    if state.get("channel_rms") is not None:
+        trainer.perturbation.channel_rms = state["channel_rms"].to(trainer.accelerator.device)
     trainer.micro_batches = state["micro_batches"]
     if trainer.sigma_fit is not None and state.get("fit") is not None:
         trainer.sigma_fit.load_state_dict(state["fit"])

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from .perturbation import LayerwisePerturbation, first_trained_layer
+from .layers import first_trained_layer
+from .perturbation import LayerwisePerturbation
 
 
 logger = get_logger(__name__)  # speaks on the main process only

@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
+from .alp_watching import CLIPPED_LOSSES, ALPWatcher
+from .channels import ChannelScale
 from .checks import check_args, check_dataset, check_server, checked, warn_of_dropout, warn_of_sampling
 from .config import ALPGRPOConfig
 from .fit import SigmaFit
 from .guard import ScoringGuard, check_overrides
-from .perturbation import LayerwisePerturbation, find_decoder_layers, noise_seed, parse_layers
+from .layers import find_decoder_layers, parse_layers
+from .perturbation import LayerwisePerturbation, noise_seed
 from .ratio import dual_clip, log_importance_ratio
 from .resume import load_state, save_state
 from .sigma import SigmaOptimizer
-from .watching import CLIPPED_LOSSES, ALPWatcher, attach_instruments
+from .watching import attach_instruments
 
 
 class ALPGRPOTrainer(GRPOTrainer):
@@ -127,6 +130,10 @@ class ALPGRPOTrainer(GRPOTrainer):
                 level_is_fitted=args.alp_noise_target is not None,
             )  # fmt: skip
             self.add_callback(self.sigma_optimizer)
+        self.channel_scale: ChannelScale | None = None
+        if args.alp_noise_scale == "channel" and args.alp_enabled:
+            self.channel_scale = ChannelScale(self.perturbation, self.accelerator)
+            self.add_callback(self.channel_scale)
         self.sigma_fit: SigmaFit | None = None
         if args.alp_noise_target is not None and args.alp_enabled:
             self.sigma_fit = SigmaFit(self.perturbation, self.accelerator, args.alp_noise_target)
