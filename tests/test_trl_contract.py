@@ -181,13 +181,6 @@ def test_imports_run_one_way():
         "noise": [], "layers": [], "perturbation": [".layers", ".noise"], "ratio": [], "mismatch": [".ratio"],
         "sampling": [],
     }  # fmt: skip
-        "noise": [],
-        "ratio": [],
-        "layers": [],
-        "perturbation": [".layers", ".noise"],
-        "mismatch": [".ratio"],
-        "sampling": [],
-    }
     for name, allowed in allowed_imports.items():
         source = (SOURCE / f"{name}.py").read_text()
         found = re.findall(r"^(?:from|import) ((?:\.|trl|transformers|accelerate)\S*)", source, re.MULTILINE)
