@@ -28,6 +28,11 @@ _RATE = 0.25
 _LARGEST_TOKEN = 4.0
 
 
+def towers(mean_square: torch.Tensor) -> torch.Tensor:
+    """Whether each token is far above the median; NaN is left out of that.  # of any shape"""
+    return mean_square > _LARGEST_TOKEN**2 * mean_square.nanmedian()
+
+
 class ChannelScale(TrainerCallback):
     """
     Measures the size of the channels, and gives it to the perturbation.
@@ -78,8 +83,7 @@ class ChannelScale(TrainerCallback):
             self._rows[position] += len(hidden)
             rows = mask[start : start + len(hidden)]
             known &= rows.to(known.device).bool() if len(rows) == len(hidden) else True
-        largest = _LARGEST_TOKEN**2 * torch.where(known, size, torch.nan).nanmedian()
-        weight = (known & (size <= largest)).to(torch.float32)
+        weight = (known & ~towers(torch.where(known, size, torch.nan))).to(torch.float32)
         squares = torch.where(weight.unsqueeze(-1) > 0, squares, 0.0).flatten(0, -2).sum(0)
         sums = torch.cat([squares, weight.sum().reshape(1)]).to(self.perturbation.log_sigma.device)
         before = self._sums[position]

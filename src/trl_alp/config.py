@@ -10,6 +10,7 @@ from trl import GRPOConfig
 from .layers import parse_layers
 from .noise import NOISE_BACKENDS, NOISE_SCALES, check_noise_backend, check_noise_scale
 from .perturbation import check_sigma, is_finite_number
+from .profile import parse_profile
 from .ratio import LEVELS, check_level
 from .sampling import neutral_value, reshaping
 
@@ -63,6 +64,12 @@ class ALPGRPOConfig(GRPOConfig):
             but for what sigma learns; fitted, it learns how sigma differs between layers. Needs `alp_monitor_every`,
             whose micro-batches are measured. Ours; a sigma that covers one engine is half a per cent of the mismatch
             of another, or eighteen times it.
+        alp_noise_profile (`str` or `list[float]`, *optional*):
+            How sigma differs between layers at first; its geometric mean is `alp_sigma_init`, or what is fitted.
+            `None`, the paper's way: not at all. A number format of the engine (`"bf16"`, `"fp8"`, `"int8"`, `"int4"`,
+            `"int3"`, `"nvfp4"`): in proportion to the error that the format adds in each layer, measured at
+            construction on a few prompts, which needs whole weights (no ZeRO-3, no packed base). Or a positive number
+            for each perturbed layer, as `trl-alp doctor MODEL --noise` measures them. Ours.
         alp_layers (`list[int]`, `int` or `str`, *optional*):
             Which decoder layers to perturb: `None` for all (the best of the paper's layer ablation), an index, a list
             of indices, or a string such as `"0-5"`, `"first:6"`, `"last:5"` or `"0,3,7"`.
@@ -174,6 +181,14 @@ class ALPGRPOConfig(GRPOConfig):
             "engine is from it, 1.0 for as far; not set for the size that `alp_sigma_init` says."
         },
     )
+    alp_noise_profile: list[float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "How sigma differs between layers at first: not at all if not set, in proportion to the error of "
+            "a number format (`bf16`, `fp8`, `int8`, `int4`, `int3`, `nvfp4`), or as numbers for the layers "
+            "(`0.5,1,2`)."
+        },
+    )
     alp_layers: list[int] | str | int | None = field(
         default=None,
         metadata={
@@ -249,6 +264,7 @@ class ALPGRPOConfig(GRPOConfig):
                 f"alp_monitor_every={self.alp_monitor_every!r} must be a whole number of optimiser steps, or 0 for "
                 "off."
             )
+        parse_profile(self.alp_noise_profile, None, "alp_noise_profile")
         if self.alp_noise_target is not None:
             if not is_finite_number(self.alp_noise_target) or self.alp_noise_target <= 0:
                 raise ValueError(

@@ -23,6 +23,7 @@ from .fit import SigmaFit
 from .guard import ScoringGuard, check_overrides
 from .layers import find_decoder_layers, parse_layers
 from .perturbation import LayerwisePerturbation, noise_seed
+from .profile import profile_of_trainer, profile_offsets
 from .ratio import dual_clip, log_importance_ratio
 from .resume import load_state, save_state
 from .sigma import SigmaOptimizer
@@ -62,10 +63,11 @@ class ALPGRPOTrainer(GRPOTrainer):
             As in [`~trl.GRPOTrainer`].
 
     Raises:
-        `ValueError`: If `args` is not an [`ALPGRPOConfig`], the model has no decoder layers, `alp_layers` does not fit
-            it, fp16 is combined with DeepSpeed or a CPU, `full_determinism` with a cumulative ratio on a GPU, a vLLM
-            server does not return processed log-probs, or a method of a subclass hides one of ALP's. By `train()`: if
-            the policy has no trainable parameter, or the dataset fewer prompts than a batch of rollouts.
+        `ValueError`: If `args` is not an [`ALPGRPOConfig`], the model has no decoder layers, `alp_layers` or
+            `alp_noise_profile` does not fit it, fp16 is combined with DeepSpeed or a CPU, `full_determinism` with a
+            cumulative ratio on a GPU, a vLLM server does not return processed log-probs, or a method of a subclass
+            hides one of ALP's. By `train()`: if the policy has no trainable parameter, or the dataset fewer prompts
+            than a batch of rollouts.
         `RuntimeError`: By `train()`, before the policy steps, if the loss did not go through ALP's overrides.
 
     Example:
@@ -118,6 +120,10 @@ class ALPGRPOTrainer(GRPOTrainer):
             sigma_max=args.alp_sigma_max,
             noise_backend=args.alp_noise_backend,
         ).to(self.accelerator.device)
+        if args.alp_noise_profile is not None and args.alp_enabled:
+            profile = profile_of_trainer(self, self.perturbation.layer_indices)
+            self.perturbation.log_sigma.data += profile_offsets(profile).to(self.accelerator.device)
+            self.perturbation.bound_()
         self.micro_batches = 0  # perturbed so far, over the whole run and all processes; seeds the noise
         self._update: dict[str, Any] | None = None  # the inputs of the loss that is being computed
         self._knobs: tuple[Any, ...] = ()  # TRL's clip range outside of any loss

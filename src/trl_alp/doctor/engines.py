@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..profile import tokens_of
+
 
 Prompt = str | list[dict]  # a text, or the messages of a conversation
 
@@ -98,13 +100,10 @@ class Engine(Protocol):
 def tokenise(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt as TRL's trainer makes them: the chat template for messages, the tokenizer for text. A
     `ValueError` where there are none."""
-    if isinstance(prompt, str):
-        encoded = tokenizer(prompt)
-    else:
-        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    if not encoded["input_ids"]:
+    ids = tokens_of(prompt, tokenizer)
+    if not ids:
         raise ValueError(f"The tokenizer makes no token of the prompt {str(prompt)[:60]!r}. Give prompts it knows.")
-    return list(encoded["input_ids"])
+    return ids
 
 
 def plain_copy(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.nn.Module:
