@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from trl_alp import ALPGRPOConfig
+from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
 from trl_alp.formats import FORMATS, layer_in_format, put_in_format, rounded
 from trl_alp.layers import find_decoder_layers
 from trl_alp.profile import local_errors, parse_profile, profile_offsets
