@@ -4,6 +4,7 @@
 `engines.py` and `vllm_engines.py` are what is examined, `counterfactuals.py` how it may have come to its log-probs,
 `examination.py` the search among them, `weights.py` and `trainer_side.py` what is asked of the engine and of the
 trainer alone, `diagnosis.py` the whole, `findings.py` its words, `figure.py` its picture, `__main__.py` the command.
+`noise.py` asks whether noise would cover an engine, `coverage.py` measures it, `noise_answer.py` has the words.
 Nothing here is needed for training.
 """
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from .figure import draw as draw
     from .findings import Diagnosis as Diagnosis
     from .findings import Finding as Finding
+    from .noise import ask_noise as ask_noise
+    from .noise_answer import NoiseAnswer as NoiseAnswer
+    from .noise_answer import NoiseVariant as NoiseVariant
     from .vllm_engines import VLLMEngine as VLLMEngine
     from .vllm_engines import VLLMServerEngine as VLLMServerEngine
 
@@ -28,10 +32,13 @@ _MODULES = {
     "Engine": "engines",
     "Finding": "findings",
     "GenerationSetting": "engines",
+    "NoiseAnswer": "noise_answer",
+    "NoiseVariant": "noise_answer",
     "Samples": "engines",
     "TransformersEngine": "engines",
     "VLLMEngine": "vllm_engines",
     "VLLMServerEngine": "vllm_engines",
+    "ask_noise": "noise",
     "diagnose": "diagnosis",
     "draw": "figure",
 }

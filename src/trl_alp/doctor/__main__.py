@@ -17,11 +17,14 @@ examples:
   trl-alp doctor Qwen/Qwen2.5-0.5B-Instruct --engine vllm --engine-dtype bfloat16
   trl-alp doctor Qwen/Qwen2.5-0.5B-Instruct --adapter run/checkpoint-40 --engine http://localhost:8000
   trl-alp doctor run/checkpoint-40 --engine transformers --engine-model run/int8 --prompts prompts.jsonl
+  trl-alp doctor Qwen/Qwen2.5-0.5B-Instruct --noise int4
 
 Completions are sampled from the engine and scored with the training model under one hypothesis after another.
 The verdict comes first, with the way out; docs/doctor.md explains each cause.
 
-exit status: 0 healthy, 1 not healthy, 2 could not run or could not tell
+With `--noise` the question is another: would noise as large as the mismatch cover this engine?
+
+exit status: 0 healthy (noise would cover it), 1 not healthy (would not), 2 could not run or could not tell
 """
 _DTYPES = ("float32", "bfloat16", "float16")
 _SERVER = ("http://", "https://")
@@ -65,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, default=1.0, help="default: %(default)g, off")
     add("--max-tokens", type=int, default=64, help="longest completion, in tokens (default: %(default)s)")
     add("--prompts", help="a .txt, .json or .jsonl file, or a dataset (default: a dozen built-in ones)")
-    add("--num-completions", type=int, default=256, help="how many are sampled (default: %(default)s)")
+    add("--num-completions", type=int, help="how many are sampled (default: 256, with --noise 64)")
     add("--batch-size", type=int, default=16, help="rows scored at once (default: %(default)s)")
     add(
         "--candidates",
@@ -80,6 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="sync the engine's weights and score again (default: yes, but not for a server, which may be in use)",
     )
+    add(
+        "--noise",
+        nargs="?",
+        const="engine",
+        metavar="FORMAT",
+        help="ask whether noise would cover the engine, or one simulated in bf16, fp8, int8, int4, int3 or nvfp4",
+    )
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--json", type=Path, help="write the diagnosis to this file")
     add("--figure", type=Path, help="draw the gap to this PNG (needs matplotlib)")
@@ -90,6 +100,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if args.engine not in ("vllm", "transformers") and not args.engine.startswith(_SERVER):
         parser.error(f"--engine {args.engine!r} is none of vllm, transformers and the URL of a vLLM server")
+    if args.num_completions is None:
+        args.num_completions = 64 if args.noise else 256
     try:
         _check(args)
         diagnosis = _diagnose(args)
@@ -100,9 +112,10 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         return 2
     from .figure import draw
     from .findings import report
+    from .noise_answer import report_noise
 
     try:
-        print(report(diagnosis), flush=True)
+        print((report_noise if args.noise else report)(diagnosis), flush=True)
     except BrokenPipeError:  # its reader has enough, as `head` has; the interpreter's last flush must not raise either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     # The verdict stands, whatever becomes of the files.
@@ -110,7 +123,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         _write(args.json, lambda path: path.write_text(json.dumps(diagnosis.to_dict(), indent=2) + "\n"))
     if args.figure and _write(args.figure, lambda path: draw(diagnosis, path)):
         print(f"figure: {args.figure}")
-    return 0 if diagnosis.healthy else 1
+    return 0 if (diagnosis.covers if args.noise else diagnosis.healthy) else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,7 +147,9 @@ def _options(text: str) -> dict:
 
 def _check(args: argparse.Namespace) -> None:
     """All that can be seen to be wrong before a model is loaded, which takes minutes."""
-    if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+    if args.noise:
+        _check_noise(args)
+    if args.engine == "vllm" and args.noise in (None, "engine") and importlib.util.find_spec("vllm") is None:
         raise ImportError(
             '--engine vllm: vLLM is not installed. `pip install "trl[vllm]"`, or examine another engine: '
             "`--engine transformers`."
@@ -164,6 +179,22 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--adapter {args.adapter} holds no adapter_config.json, so it is no PEFT adapter.")
         if importlib.util.find_spec("peft") is None:
             raise ImportError("--adapter needs PEFT: `pip install peft`.")
+
+
+def _check_noise(args: argparse.Namespace) -> None:
+    if args.noise != "engine":
+        from ..formats import check_format
+
+        check_format(args.noise, "--noise", ("nothing, for the engine",))
+    off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    for name, value in off.items():
+        if getattr(args, name) != value:
+            raise ValueError(
+                f"--noise compares whole distributions, which --{name.replace('_', '-')} {getattr(args, name)} cuts: "
+                "leave it off."
+            )
+    if args.figure:
+        raise ValueError("--noise has no figure: leave --figure off, and take the numbers from --json.")
 
 
 def _check_writable(name: str, path: Path) -> None:
@@ -212,16 +243,29 @@ def _diagnose(args: argparse.Namespace):
 
     from .diagnosis import diagnose
     from .engines import load_model
+    from .noise import ask_noise
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, getattr(torch, args.dtype), args.adapter, device)
-    engine = server or _engine(args, model, device)
+    engine = args.noise if args.noise not in (None, "engine") else server or _engine(args, model, device)
     with tqdm(desc="doctor", unit="step", disable=args.no_progress) as bar:
 
         def progress(step: str) -> None:
             bar.set_postfix_str(step)
             bar.update()
 
+        if args.noise:
+            return ask_noise(
+                model,
+                tokenizer,
+                engine,
+                prompts,
+                temperature=args.temperature,
+                max_tokens=args.max_tokens,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                progress=progress,
+            )
         return diagnose(
             model,
             tokenizer,

@@ -106,7 +106,7 @@ class Diagnosis:
             "by_position": self.by_position,
             "by_probability": self.by_probability,
         }
-        return _finite(out)
+        return finite(out)
 
 
 def evidence_row(cause: str, hypothesis: str, predicts: str, gap_left: float | None, total: float) -> dict:
@@ -167,7 +167,7 @@ def report(diagnosis: Diagnosis) -> str:
     temperatures = [row for row in evidence if row["hypothesis"].startswith("another temperature")]
     evidence = [row for row in evidence if row not in temperatures[1:]]
     lines = [diagnosis.verdict, ""]
-    lines += _table(
+    lines += table(
         ("hypothesis", "predicts", "gap left", "of it"),
         [
             (
@@ -184,28 +184,30 @@ def report(diagnosis: Diagnosis) -> str:
         ],
     )
     said = [(name, diagnosis.statistics[key]) for key, name in _STATISTICS.items() if key in diagnosis.statistics]
-    lines += ["", *_table(("statistic", ""), said)]
+    lines += ["", *table(("statistic", ""), said)]
     columns = {"tokens": "tokens", "mean": "mean", "abs_mean": "mean |.|", "p02": "P2", "p50": "P50", "p98": "P98"}
     for title, rows, name in (
         ("position", diagnosis.by_position, lambda row: f"{row['from']}-{row['to']}"),
         ("probability under the engine", diagnosis.by_probability, lambda row: f"{row['above']:g}-{row['to']:g}"),
     ):
         cells = [(name(row), *(row[column] for column in columns)) for row in rows]
-        lines += ["", *_table((title, *columns.values()), cells)]
+        lines += ["", *table((title, *columns.values()), cells)]
     return "\n".join(lines)
 
 
-def _table(head: Sequence[str], rows: list[Sequence]) -> list[str]:
+def table(head: Sequence[str], rows: list[Sequence]) -> list[str]:
+    """Lines of a table in columns."""
     cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in [head, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
-def _finite(value):
+def finite(value):
+    """The same with None for numbers that are not finite, which JSON has not."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
