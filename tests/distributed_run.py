@@ -1,5 +1,6 @@
 """One short run on each of the processes that `accelerate launch` started; what each saw goes to `OUT/rank_N.pt`."""
 
+import functools
 import os
 import sys
 
@@ -17,22 +18,7 @@ if overrides.pop("fixed_rollouts", 0):
     import trl.trainer.grpo_trainer
 
     trl.trainer.grpo_trainer.shuffle_sequence_dict = lambda batch: batch
-    masked_rank = overrides.pop("masked_rank", None)
-
-    def rollout(prompts, trainer):
-        completion_ids = []
-        for i, prompt in enumerate(prompts):
-            generator = torch.Generator().manual_seed(hash((prompt, i % 4)) % 2**32)
-            completion_ids.append(torch.randint(3, 13, (2 + i % 4,), generator=generator).tolist())
-        env_mask = [[int(trainer.accelerator.process_index != masked_rank)] * len(ids) for ids in completion_ids]
-        return {
-            "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
-            "completion_ids": completion_ids,
-            "logprobs": [[-3.0 - 0.1 * token for token in ids] for ids in completion_ids],
-            "env_mask": env_mask,
-        }
-
-    extra["rollout_func"] = rollout
+    extra["rollout_func"] = functools.partial(tiny.fixed_rollouts, masked_rank=overrides.pop("masked_rank", None))
 trainer = tiny.trainer(out, **extra, alp_sigma_lr=0.05, save_strategy="steps", save_steps=2, seed=3, **overrides)
 seeds = []
 applied = trainer.perturbation.applied

@@ -192,10 +192,35 @@ def test_qlora_on_a_cpu_trains_sigma_and_the_adapter_only(tmp_path):
     assert sigmas[0].std() > 0 and torch.equal(*sigmas)  # the recompute of checkpointing met the same noise
 
 
+FITTED = {"alp_noise_target": 1, "scale": "channel", "fixed_rollouts": 1, "alp_monitor_every": 1, "max_steps": 4}
+FITTED |= {"per_device_train_batch_size": 16, "gradient_checkpointing": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend", ["fsdp2=1", *(pytest.param(f"zero={stage}", marks=needs_deepspeed) for stage in (2, 3))]
+)
+def test_sigma_and_channels_are_fitted_as_under_ddp_and_resume_exactly(tmp_path, backend):
+    settings = FITTED | dict([backend.split("=")])
+    whole = launch(tmp_path / "whole", 2, **settings)
+    ddp, _ = launch(tmp_path / "ddp", 2, **FITTED)
+    for state in whole:
+        assert torch.equal(state["log_sigma"], whole[0]["log_sigma"])
+        assert torch.equal(state["channel_rms"], whole[0]["channel_rms"])
+    fits = [[row[name] for row in state["log"] if (name := "alp/noise/fit/sigma") in row] for state in (ddp, whole[0])]
+    assert len(fits[0]) == len(fits[1]) >= 3 and fits[1] == pytest.approx(fits[0], rel=1e-3)
+    torch.testing.assert_close(whole[0]["log_sigma"], ddp["log_sigma"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(whole[0]["channel_rms"], ddp["channel_rms"], rtol=1e-3, atol=1e-5)
+    resumed = launch(tmp_path / "resumed", 2, resume=tmp_path / "whole" / "checkpoint-2", **settings)
+    for before, after in zip(whole, resumed, strict=True):
+        assert torch.equal(before["log_sigma"], after["log_sigma"])
+        assert torch.equal(before["channel_rms"], after["channel_rms"])
+
+
 # ---- One process of a run ----
 
 
-def run(out, resume=None, zero=0, fsdp2=0, fp16=0, lora=0, **overrides):
+def run(out, resume=None, zero=0, fsdp2=0, fp16=0, lora=0, scale=None, fixed_rollouts=0, **overrides):
     zero, fsdp2, fp16, lora = int(zero), int(fsdp2), int(fp16), int(lora)
     on_gpu = tiny.DEVICE != "cpu"
     settings = {"use_cpu": not on_gpu, "fp16": bool(fp16), "save_strategy": "steps", "save_steps": 2, "seed": 3}
@@ -223,6 +248,15 @@ def run(out, resume=None, zero=0, fsdp2=0, fp16=0, lora=0, **overrides):
         from peft import LoraConfig
 
         settings["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    if scale is not None:
+        settings["alp_noise_scale"] = scale
+    if int(fixed_rollouts):
+        # The same completions in the same order on any number of processes.
+        import trl.trainer.grpo_trainer
+
+        trl.trainer.grpo_trainer.shuffle_sequence_dict = lambda batch: batch
+        settings["rollout_func"] = tiny.fixed_rollouts
+        settings["train_dataset"] = tiny.prompts(32)  # one epoch: a resumed TRL run has the first one's order in all
     trainer = tiny.trainer(out, alp_sigma_lr=0.05, **settings | {k: int(v) for k, v in overrides.items()})
     seeds, sigma_steps = [], []
     applied = trainer.perturbation.applied
@@ -238,6 +272,7 @@ def run(out, resume=None, zero=0, fsdp2=0, fp16=0, lora=0, **overrides):
         "policy_steps": trainer.deepspeed.global_steps if zero else trainer.state.global_step,
         "loss_scale": trainer.accelerator.scaler.get_scale() if fp16 else None,
         "log_sigma": trainer.perturbation.log_sigma.detach().cpu(),
+        "channel_rms": trainer.perturbation.channel_rms,
         "log": tiny.history(trainer),
     }
     if zero == 3:

@@ -16,7 +16,7 @@ def launch(out, processes, **overrides):
     # `accelerate launch` starts several CPU processes through MPI only; on other devices it calls this launcher too.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [str(HERE / "distributed_run.py"), str(out), *[f"{k}={v}" for k, v in overrides.items()]]
-    environment = tiny.environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo", PYTHONHASHSEED="0")
+    environment = tiny.environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [torch.load(out / f"rank_{rank}.pt", weights_only=False) for rank in range(processes)]

@@ -125,6 +125,32 @@ def test_without_a_mismatch_sigma_goes_to_its_lower_bound_and_says_so_once(tmp_p
     assert sum("nothing for the noise to cover" in line for line in caplog.messages) == 1
 
 
+def test_without_an_engine_the_arithmetic_of_16_bits_is_no_mismatch(tmp_path, caplog):
+    """Scored in another batch shape, bf16 log-probs of the same policy differ by far more than the floor."""
+    settings = {"max_steps": 2, "per_device_train_batch_size": 64, "learning_rate": 1e-8, "bf16": True, **FITTED}
+    trainer = tiny.trainer(tmp_path, alp_sigma_min=1e-4, **settings)
+    trainer.train()
+    assert trainer.perturbation.sigma.tolist() == pytest.approx([1e-4] * 2, rel=1e-3)
+    assert sum("nothing for the noise to cover" in line for line in caplog.messages) == 1
+
+
+def test_tokens_of_tools_do_not_enter(tmp_path):
+    """Their log-probs are 100 nats off, in every second token."""
+    inner = tiny.rollout_func(0.1)
+
+    def rollout(batch, trainer):
+        out = inner(batch, trainer)
+        out["env_mask"] = [[1 - i % 2 for i in range(len(ids))] for ids in out["completion_ids"]]
+        out["logprobs"] = [[value - 100 * (i % 2) for i, value in enumerate(row)] for row in out["logprobs"]]
+        return out
+
+    trainer = tiny.trainer(tmp_path, rollout_func=rollout, max_steps=1, per_device_train_batch_size=64, **FITTED)
+    trainer.train()
+    row = tiny.history(trainer)[0]
+    assert row["alp/noise/fit/k3_mismatch"] == pytest.approx(row["alp/noise_off/fresh/kl/k3"], rel=1e-3)
+    assert row["alp/noise/fit/k3_mismatch"] < 0.02 and row["alp/noise/fit/sigma"] < 0.1
+
+
 def test_sigma_rises_tenfold_at_most_in_one_measurement_and_goes_on_in_the_next():
     perturbation = LayerwisePerturbation(tiny.model(), sigma_init=1e-5)
     fit = SigmaFit(perturbation, Accelerator(cpu=True), target=1.0)

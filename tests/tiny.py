@@ -2,6 +2,7 @@
 
 import os
 import string
+import zlib
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,22 @@ def rollout_func(noise: float = 0.3, edit=None):
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
 
     return rollout
+
+
+def fixed_rollouts(batch, trainer, masked_rank=None):
+    """A `rollout_func`: the same completions and log-probs on any number of processes, from no model; those of
+    `masked_rank` are the environment's."""
+    completion_ids = []
+    for i, prompt in enumerate(batch):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{prompt}{i % 4}".encode()))
+        completion_ids.append(torch.randint(3, 13, (2 + i % 4,), generator=generator).tolist())
+    mask = int(trainer.accelerator.process_index != masked_rank)
+    return {
+        "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in batch],
+        "completion_ids": completion_ids,
+        "logprobs": [[-3.0 - 0.1 * token for token in ids] for ids in completion_ids],
+        "env_mask": [[mask] * len(ids) for ids in completion_ids],
+    }
 
 
 def saved(path, **kwargs):

@@ -78,7 +78,8 @@ class ALPWatcher(Watcher):
             means = {"entropy": (entropies, loss.mask), **self._clip_means(loss, plain, behaviour, staleness)}
             self.trainer.instruments.record("noise_off", plain, behaviour, loss.mask, staleness, means, engine)
             if self.trainer.sigma_fit is not None and staleness == 0:
-                self.trainer.sigma_fit.record(logps, plain, behaviour, loss.mask)
+                # Without an engine the behaviour policy is the policy itself, whatever its arithmetic makes of that.
+                self.trainer.sigma_fit.record(logps, plain, behaviour if engine else plain, loss.mask)
         if self.trainer.args.alp_enabled:
             perturbation = self.trainer.perturbation
             self._sigma.add(perturbation.sigma)
