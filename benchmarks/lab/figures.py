@@ -34,6 +34,7 @@ from study import (
     choices,
     final,
     finished,
+    fitted,
 )
 
 from trl_alp.report.drawing import COLOURS as PALETTE
@@ -355,9 +356,104 @@ def engine_table() -> str:
     return markdown([*head, "token ESS", "sequence ESS", "token P2-P98"], lines)
 
 
+# ---- Fitted noise, on two yardsticks ----
+
+
+def served(row: dict) -> float:
+    """Final accuracy of the policy in the numerics that sampled its rollouts: the mean of its last three."""
+    return statistics.fmean(value for _, value in row["served"][-3:])
+
+
+YARDSTICKS = {"as trained": final, "as served": served}
+
+
+def by_noise() -> dict[tuple[str, str], dict[str, dict[int, dict]]]:
+    """The runs of the stage `fitted`: by point and arm, by noise, and by seed."""
+    groups: dict[tuple[str, str], dict[str, dict[int, dict]]] = {}
+    done = finished("fitted")
+    for name, settings in fitted():  # in this order
+        if name in done:
+            point, arm, noise, _ = name.split("-")
+            groups.setdefault((point, arm), {}).setdefault(noise, {})[settings["seed"]] = done[name]
+    return groups
+
+
+def against(noisy: dict[int, dict], plain: dict[int, dict], measure: Callable[[dict], float]) -> str:
+    seeds = sorted(noisy.keys() & plain.keys())
+    return gain([measure(noisy[seed]) - measure(plain[seed]) for seed in seeds])
+
+
+def fitted_table() -> str:
+    """Noise of the mismatch's size against none and against what ships, seed by seed, on both yardsticks."""
+    lines = []
+    for (point, arm), by in by_noise().items():
+        for noise, runs in by.items():
+            rows = list(runs.values())
+            sigmas = [curve(row, "alp/sigma/layer_00")[-1] for row in rows] if noise != "none" else []
+            means = [f"{statistics.fmean(map(measure, rows)):.3f}" for measure in YARDSTICKS.values()]
+            gains = [
+                "" if noise == other else against(runs, by.get(other, {}), measure)
+                for other, measure in (("none", final), ("none", served), ("0.01", served))
+            ]
+            if noise == "none":
+                gains[2] = ""
+            sigma = f"{statistics.geometric_mean(sigmas):.2g}" if sigmas else ""
+            lines.append([f"{point}, {level_of(arm)}", noise, sigma, *means, *gains])
+    head = [
+        "point, level",
+        "noise",
+        "sigma at the end",
+        *YARDSTICKS,
+        "as trained, minus none",
+        "as served, minus none",
+    ]
+    return markdown([*head, "as served, minus 0.01"], lines)
+
+
+def formats_table() -> str:
+    """The final policies in every number format, less what the start has in it."""
+    start = json.loads((RESULTS / "start.json").read_text())
+    lines = [["start", "", *(f"{value:.3f}" for value in start.values())]]
+    for (point, arm), by in by_noise().items():
+        for noise, runs in by.items():
+            gains = [
+                statistics.fmean(row["formats"][name] for row in runs.values()) - value
+                for name, value in start.items()
+            ]
+            lines.append([f"{point}, {level_of(arm)}", noise, *(f"{value:+.3f}" for value in gains)])
+    return markdown(["point, level", "noise", *start], lines)
+
+
+def draw_fitted(path: Path) -> None:
+    """What the noise changes on both yardsticks: the mean over seeds, and its interval."""
+    groups = by_noise()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    sizes = {"0.01": (PALETTE[0], "o", -0.14), "fitted": (PALETTE[1], "s", 0.14)}
+    for axis, (yardstick, measure) in zip(axes, YARDSTICKS.items(), strict=True):
+        for y, by in enumerate(groups.values()):
+            for noise, (colour, marker, shift) in sizes.items():
+                seeds = sorted(by.get(noise, {}).keys() & by.get("none", {}).keys())
+                gains = [measure(by[noise][seed]) - measure(by["none"][seed]) for seed in seeds]
+                if len(gains) in T:
+                    axis.plot(interval(gains), [y + shift] * 2, color=colour, lw=2, alpha=0.6)
+                if gains:
+                    axis.plot(statistics.fmean(gains), y + shift, marker, ms=6, color=colour)
+        axis.axvline(0, color="grey", lw=0.8)
+        axis.set(title=f"accuracy {yardstick}", xlabel="minus the same runs without noise")
+        axis.grid(alpha=0.3)
+    for noise, (colour, marker, _) in sizes.items():
+        axes[1].plot([], [], marker, color=colour, label=f"sigma {noise}" if noise != "fitted" else "sigma fitted")
+    axes[1].legend(fontsize="small")
+    axes[0].set_yticks(range(len(groups)), [f"{point}, {level_of(arm)}" for point, arm in groups])
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 TABLES = {
     "disease": disease_table, "tune": tune_table, "grid": grid_table, "paired": paired_table,
     "matched": matched_table, "ablation": ablation_table, "survival": survival_table, "engine": engine_table,
+    "fitted": fitted_table, "formats": formats_table,
 }  # fmt: skip
 
 
@@ -575,6 +671,8 @@ def main() -> None:
     points = {point for point, _ in by_point_and_arm()}
     for point in points - {"healthy"}:
         draw_curves(ASSETS / f"lab_{point}.png", point)
+    if by_noise():
+        draw_fitted(ASSETS / "lab_fitted.png")
     if any(pairs()):
         draw_noise(ASSETS / "lab_noise.png")
     if len(points) > 1:

@@ -328,6 +328,18 @@ def sum_up(stage: str, folder: Path, results: Path) -> None:
         (results / f"{stage}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
+def start(folder: Path, results: Path, size: str = "96x4-0.4") -> None:
+    """Accuracy of the warm-started model in every number format, once, to `start.json` in `results`."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from run import DEFAULTS, SERVED_IN, Evaluation
+    from task import build_problems, warm_start
+
+    policy, tokenizer = warm_start(folder / f"warm-{size}", DEFAULTS["size"], DEFAULTS["start_accuracy"])
+    evaluation = Evaluation(policy, tokenizer, build_problems()[1][: DEFAULTS["eval_problems"]], 1, 1, "exact")
+    formats = {name: evaluation.in_format(name) for name in SERVED_IN}
+    (results / "start.json").write_text(json.dumps(formats) + "\n")
+
+
 # ---- Running ----
 
 
@@ -401,6 +413,8 @@ def main() -> None:
         runs = (STAGES | FURTHER_STAGES)[name]()
         runs = ((run, settings) for run, settings in runs if re.search(options.only, run))
         carry_out(name, runs, options.folder, options.jobs, deadline, options.results)
+        if name == "fitted" and not (options.results / "start.json").exists():
+            start(options.folder, options.results)
 
 
 if __name__ == "__main__":
