@@ -191,7 +191,13 @@ def build_trainer(arm: str, model, tokenizer, folder: str, point: SimpleNamespac
     else:
         trainer_class = ALPGRPOTrainer
         backend = {"ALP torch": "torch", "ALP Triton": "triton"}.get(arm, "auto")
-        args = ALPGRPOConfig(**settings, alp_enabled=arm != "bypass", alp_noise_backend=backend, alp_monitor_every=0)
+        args = ALPGRPOConfig(
+            **settings,
+            alp_enabled=arm != "bypass",
+            alp_noise_backend=backend,
+            alp_monitor_every=0,
+            alp_noise_target=None,
+        )
     dataset = Dataset.from_dict({"prompt": ["a b"] * 64})
     trainer = trainer_class(model, reward, args, dataset, processing_class=tokenizer, rollout_func=rollout)
     if "TRL correction" in arm:  # TRL applies it with vLLM only; of vLLM, only the weight sync is asked for here

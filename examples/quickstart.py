@@ -157,6 +157,7 @@ def main() -> None:
         max_steps=options.rollout_batches * updates_per_batch,
         max_completion_length=4,
         alp_log_layers=True,
+        alp_noise_target=None,  # there is no engine here, to whose mismatch the noise could be fitted
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         logging_steps=1,

@@ -141,6 +141,8 @@ def config(output_dir, config_class=ALPGRPOConfig, **overrides):
         "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
+    if issubclass(config_class, ALPGRPOConfig):
+        settings["alp_noise_target"] = None  # most of these runs have no engine, and its noise would vanish
     return config_class(**settings | overrides)
 
 

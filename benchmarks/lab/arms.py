@@ -97,7 +97,9 @@ def build_trainer(arm: str, overrides: dict, common: dict, place: str | None = N
         trainer = GRPOTrainer(args=GRPOConfig(**settings), **kwargs)
     else:
         settings["vllm_importance_sampling_correction"] = kind == "split"
-        trainer = TRAINERS[kind](args=ALPGRPOConfig(**{"alp_log_layers": True} | settings), **kwargs)
+        trainer = TRAINERS[kind](
+            args=ALPGRPOConfig(**{"alp_log_layers": True, "alp_noise_target": None} | settings), **kwargs
+        )
         if place == "final":
             _perturb_final_state(trainer)
     if kind in ("corrected", "split") and not trainer.use_vllm:

@@ -34,11 +34,10 @@ class ALPGRPOConfig(GRPOConfig):
             Whether to perturb the policy during the update. `False` keeps the single importance ratio without noise:
             the paper's Bypass baseline.
         alp_sigma_init (`float`, *optional*, defaults to `0.01`):
-            Initial noise level sigma of every perturbed layer, in units of `alp_noise_scale`. The paper's values (0.02
-            and 1e-6, both absolute) are no common default: 0.02 is a third of the embedding RMS of a small model, and
-            adding 1e-6 to bf16 hidden states changes no bit. 1 % of the RMS means the same in every layer and model.
-            It is careful: in our small-scale study (`docs/results.md`) 0.01 changed next to nothing; 0.1
-            narrowed a mismatch of its own size, without a gain in accuracy, and at a cost where it was small.
+            Initial noise level sigma of every perturbed layer, in units of `alp_noise_scale`: with `alp_noise_target`
+            what is tried first, for one update, without it what sigma starts from and stays near. The paper's values
+            (0.02 and 1e-6, both absolute) are no common default: 0.02 is a third of the embedding RMS of a small
+            model, and adding 1e-6 to bf16 hidden states changes no bit.
         alp_noise_scale (`str`, *optional*, defaults to `"rms"`):
             `"rms"`: noise `sigma * RMS(h) * delta` with the RMS of each token's hidden state, ours. `"channel"`:
             noise `sigma * c * delta`, where `c` is the running RMS of each channel at each layer, ours too; a few
@@ -57,13 +56,14 @@ class ALPGRPOConfig(GRPOConfig):
             bounds replace that.
         alp_sigma_max (`float`, *optional*, defaults to `0.5`):
             Upper bound on sigma.
-        alp_noise_target (`float`, *optional*):
+        alp_noise_target (`float`, *optional*, defaults to `1.0`):
             Fit the size of the noise to the training-inference mismatch: sigma is moved until the noise takes the
-            policy so many times as far (in k3, on fresh rollouts) as the engine is. `alp_sigma_init` is then the size
-            that is tried first, for one update. `None`, the paper's way, starts from `alp_sigma_init` and stays there
-            but for what sigma learns; fitted, it learns how sigma differs between layers. Needs `alp_monitor_every`,
-            whose micro-batches are measured. Ours; a sigma that covers one engine is half a per cent of the mismatch
-            of another, or eighteen times it.
+            policy so many times as far (in k3, on fresh rollouts) as the engine is. Without an engine, or where it is
+            as exact as the trainer, sigma goes to `alp_sigma_min`, and a warning says so. `None`, the paper's way,
+            starts from `alp_sigma_init` and stays there but for what sigma learns; fitted, it learns how sigma
+            differs between layers. Needs `alp_monitor_every`, whose micro-batches are measured. Ours: a sigma that
+            covers one engine is half a per cent of the mismatch of another, or eighteen times it, and in our lab
+            (`docs/results.md`) fitted noise cost no accuracy where a fixed 0.01 did not.
         alp_noise_profile (`str` or `list[float]`, *optional*):
             How sigma differs between layers at first; its geometric mean is `alp_sigma_init`, or what is fitted.
             `None`, the paper's way: not at all. A number format of the engine (`"bf16"`, `"fp8"`, `"int8"`, `"int4"`,
@@ -153,7 +153,10 @@ class ALPGRPOConfig(GRPOConfig):
     )
     alp_sigma_init: float = field(
         default=0.01,
-        metadata={"help": "Initial noise level of every perturbed layer, in units of `alp_noise_scale`."},
+        metadata={
+            "help": "Initial noise level of every perturbed layer, in units of `alp_noise_scale`; with "
+            "`alp_noise_target` what is tried first."
+        },
     )
     alp_noise_scale: str = field(
         default="rms",
@@ -175,10 +178,10 @@ class ALPGRPOConfig(GRPOConfig):
     alp_sigma_max: float = field(default=0.5, metadata={"help": "Upper bound on sigma."})
     # `str` second: `HfArgumentParser` reads such a field from the command line as that.
     alp_noise_target: float | None = field(
-        default=None,
+        default=1.0,
         metadata={
             "help": "Fit sigma so that the noise moves the policy so many times as far (k3, fresh rollouts) as the "
-            "engine is from it, 1.0 for as far; not set for the size that `alp_sigma_init` says."
+            "engine is from it, 1.0 for as far; null (in a YAML file) for the size that `alp_sigma_init` says."
         },
     )
     alp_noise_profile: list[float] | str | None = field(
@@ -271,10 +274,11 @@ class ALPGRPOConfig(GRPOConfig):
                     f"alp_noise_target={self.alp_noise_target!r} must be a finite, positive number (1.0: as far as "
                     "the engine is off), or None for noise of the size that `alp_sigma_init` says."
                 )
-            if self.alp_monitor_every == 0:
+            if self.alp_monitor_every == 0 and self.alp_enabled:
                 raise ValueError(
                     f"alp_noise_target={self.alp_noise_target} needs the policy to be scored without noise now and "
-                    "then, and alp_monitor_every=0 turns that off. Set `alp_monitor_every=10`."
+                    "then, and alp_monitor_every=0 turns that off. Set `alp_monitor_every=10`, or "
+                    "`alp_noise_target=None` for noise of a fixed size."
                 )
         if self.alp_ratio_level != "token":
             for name, value in (
