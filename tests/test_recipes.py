@@ -392,7 +392,7 @@ def test_under_fp16_autocast_sigma_is_trained_as_in_fp32_whatever_the_loss_scale
         assert (trainer.perturbation.sigma - 0.01).abs().min() > 1e-4
     fp32, small, large = map(torch.tensor, gradients)
     assert fp32.abs().min() > 1e-5
-    rounding = 0.05 * fp32.abs().max().item()
+    rounding = 0.1 * fp32.abs().max().item()
     torch.testing.assert_close(small, fp32, rtol=0, atol=rounding)
     torch.testing.assert_close(large, fp32, rtol=0, atol=rounding)
     assert not torch.equal(small, fp32)  # it did run in fp16
