@@ -9,11 +9,13 @@ from pathlib import Path
 import trl_alp
 import trl_alp.channels
 import trl_alp.doctor
+import trl_alp.fit
 import trl_alp.instruments
 import trl_alp.layers
 import trl_alp.mismatch
 import trl_alp.noise
 import trl_alp.perturbation
+import trl_alp.profile
 import trl_alp.ratio
 import trl_alp.report
 
@@ -27,6 +29,8 @@ SECTIONS = {
         trl_alp.perturbation.noise_seed,
         trl_alp.layers.first_trained_layer,
         trl_alp.channels.ChannelScale,
+        trl_alp.fit.SigmaFit,
+        trl_alp.profile.local_errors,
         trl_alp.log_importance_ratio,
         trl_alp.ratio.turns_from_mask,
         trl_alp.ratio.dual_clip,
@@ -38,6 +42,9 @@ SECTIONS = {
         trl_alp.doctor.Diagnosis,
         trl_alp.doctor.Engine,
         trl_alp.doctor.GenerationSetting,
+        trl_alp.doctor.ask_noise,
+        trl_alp.doctor.NoiseAnswer,
+        trl_alp.doctor.NoiseVariant,
     ],
     "The report": [trl_alp.report.report],
 }
