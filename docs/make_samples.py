@@ -59,7 +59,8 @@ def train(folder: Path) -> None:
                     output_dir=output, seed=seed, per_device_train_batch_size=128, num_generations=8,
                     steps_per_generation=8, max_steps=240, max_completion_length=4, learning_rate=1e-4,
                     lr_scheduler_type="constant", logging_steps=4, save_strategy="no", report_to="none", use_cpu=True,
-                    bf16=False, gradient_checkpointing=False, disable_tqdm=True, alp_sigma_init=0.05, **arguments,
+                    bf16=False, gradient_checkpointing=False, disable_tqdm=True, alp_sigma_init=0.05,
+                    alp_noise_target=None, **arguments,
                 )  # fmt: skip
                 trainer = ALPGRPOTrainer(
                     model=model,
