@@ -22,9 +22,9 @@ examples:
 Completions are sampled from the engine and scored with the training model under one hypothesis after another.
 The verdict comes first, with the way out; docs/doctor.md explains each cause.
 
-With `--noise` the question is another: would noise as large as the mismatch cover this engine?
+With --noise the question is another: would noise as large as the mismatch cover this engine?
 
-exit status: 0 healthy (noise would cover it), 1 not healthy (would not), 2 could not run or could not tell
+exit status: 0 healthy, 1 not healthy, 2 could not run or could not tell; with --noise 0 it would, 1 it would not
 """
 _DTYPES = ("float32", "bfloat16", "float16")
 _SERVER = ("http://", "https://")
@@ -88,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="engine",
         metavar="FORMAT",
-        help="ask whether noise would cover the engine, or one simulated in bf16, fp8, int8, int4, int3 or nvfp4",
+        help="ask whether noise would cover the engine, or one that is simulated in bf16, fp8, int8, int4, int3 or nvfp4 "
+        "(default: ask what the gap is made of)",
     )
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--json", type=Path, help="write the diagnosis to this file")
