@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="engine",
         metavar="FORMAT",
-        help="ask whether noise would cover the engine, or one that is simulated in bf16, fp8, int8, int4, int3 or nvfp4 "
+        help="ask whether noise would cover the engine, or one simulated in bf16, fp8, int8, int4, int3 or nvfp4 "
         "(default: ask what the gap is made of)",
     )
     add("--seed", type=int, default=0, help="default: %(default)s")
