@@ -2,6 +2,8 @@
 """The sigma that one measurement gives, beside that of bisection, for engines in several number formats.
 
     python examples/smollm2.py smollm2 && python benchmarks/fit.py smollm2       # ten minutes on two cores
+    python benchmarks/fit.py smollm2 --lora --numerics int4                      # the policy has an adapter
+    python benchmarks/fit.py runs/lab/warm-96x4-0.4 --sums --repeat 8            # the lab's model, after its first run
 
 The engine is the model in bf16, or with its matrices rounded: fp8 is e4m3 with a scale a row, int4 has a scale for
 each 32 weights. It samples, and its log-probs are the behaviour policy's. *Fitted* is the sigma that
@@ -12,10 +14,12 @@ averaged over other seeds, is as far from the policy as the engine is.
 import argparse
 import copy
 import math
+import sys
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_alp import LayerwisePerturbation
@@ -41,6 +45,8 @@ def rounded(weight: torch.Tensor, numerics: str) -> torch.Tensor:
 
 def engine_of(model, numerics: str):
     engine = copy.deepcopy(model)
+    if hasattr(engine, "merge_and_unload"):  # an engine has the adapter merged
+        engine = engine.merge_and_unload()
     if numerics == "bf16":
         return engine.bfloat16()
     for name, weight in engine.named_parameters():
@@ -59,10 +65,14 @@ def logps_of(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def measure(model, tokenizer, numerics: str, args: argparse.Namespace) -> None:
     engine = engine_of(model, numerics)
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS * args.repeat]
-    prompt = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-    )
+    if args.sums:
+        sums = [f"{100 + 37 * i % 900}+{100 + 71 * i % 900}=" for i in range(8 * args.repeat)]
+        prompt = dict(tokenizer(sums, return_tensors="pt", padding=True, return_token_type_ids=False))
+    else:
+        chats = [[{"role": "user", "content": question}] for question in QUESTIONS * args.repeat]
+        prompt = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+        )
     torch.manual_seed(0)
     ids = engine.generate(**prompt, max_new_tokens=args.tokens, do_sample=True, top_k=0, pad_token_id=0)
     width = prompt["input_ids"].shape[1]
@@ -103,9 +113,24 @@ def main() -> None:
     parser.add_argument("--probe", type=float, default=0.01, help="sigma that is tried first")
     parser.add_argument("--tokens", type=int, default=32, help="longest completion")
     parser.add_argument("--repeat", type=int, default=2, help="completions of each of the eight questions")
+    parser.add_argument("--sums", action="store_true", help="prompt with the sums that the lab's model knows")
+    parser.add_argument("--lora", action="store_true", help="give the policy an adapter, as large as a trained one")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    if args.sums:
+        sys.path.insert(0, str(Path(__file__).parent / "lab"))
+        from task import build_tokenizer
+
+        tokenizer = build_tokenizer()
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    if args.lora:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=1e-3)
+        model.eval()
     print("| engine | tokens | mismatch, k3 | fitted | bisected | off by |\n|---|---|---|---|---|---|", flush=True)
     for numerics in args.numerics:
         measure(model, tokenizer, numerics, args)
