@@ -98,11 +98,11 @@ def test_the_noise_keeps_next_to_nothing_for_the_backward(tmp_path, layers, chec
     settings |= {"rollout_func": tiny.rollout_func(0.0)}
     bypass = kept_for_backward(tmp_path, layers, alp_enabled=False, **settings)
     scalars = 16 * layers  # log_sigma of each layer, aligned
-    for noise_scale in ("absolute", "rms"):
+    for noise_scale in ("absolute", "rms", "channel"):
         alp = kept_for_backward(tmp_path, layers, alp_noise_scale=noise_scale, **settings)
-        # One RMS a token and layer; of a hidden size of 32 that is more than of one of 768.
-        tokens = 32 * 16 * 4 * layers if noise_scale == "rms" else 0
-        assert bypass <= alp <= 1.01 * bypass + scalars + tokens, noise_scale
+        # One RMS a token and layer, of a hidden size of 32 more than of one of 768; or one a channel and layer.
+        sizes = {"absolute": 0, "rms": 32 * 16 * 4 * layers, "channel": 32 * 4 * layers}[noise_scale]
+        assert bypass <= alp <= 1.01 * bypass + scalars + sizes, noise_scale
 
 
 def test_no_value_is_asked_of_the_device_within_a_micro_batch(tmp_path, monkeypatch):
@@ -158,6 +158,7 @@ def operators(layers, perturbed, measuring=False, backend="torch", **settings):
     model = tiny.model(layers=layers).train()
     perturbation = LayerwisePerturbation(model, noise_backend=backend, **settings).to(tiny.DEVICE)
     perturbation.measuring = measuring
+    perturbation.channel_rms = torch.ones(layers, model.config.hidden_size, device=tiny.DEVICE)
     ids = torch.arange(40, device=tiny.DEVICE).reshape(2, 20)
     with Operators() as operators:
         with perturbation.applied(0) if perturbed else nullcontext():
@@ -167,13 +168,14 @@ def operators(layers, perturbed, measuring=False, backend="torch", **settings):
 
 
 # Forward: three for the noise and its sum with the hidden state, with "rms" three for the scale and one to multiply by
-# it. Backward: drawing, times the gradient, times the scale, the sum, and two to write that into its row. Triton's
-# kernels are no operators of torch: what is left is the allocation of the output.
+# it, with "channel" one to take its row. Backward: drawing, times the gradient, times the scale, the sum, and two to
+# write that into its row. Triton's kernels are no operators of torch: what is left is the allocation of the output.
 @pytest.mark.parametrize(
     "backend, settings, at_most",
     [
         ("torch", {"noise_scale": "rms"}, 13),
         ("torch", {"noise_scale": "absolute"}, 8),
+        ("torch", {"noise_scale": "channel"}, 12),
         ("torch", {"noise_scale": "rms", "learnable": False}, 7),
         pytest.param("triton", {"noise_scale": "rms"}, 1, marks=needs_gpu),
     ],

@@ -231,7 +231,7 @@ def test_an_engine_that_says_nothing_is_an_error():
         def sample(self, prompts, setting, seed):
             return Samples([[1]] * len(prompts), [[]] * len(prompts), [[]] * len(prompts))
 
-    with pytest.raises(ValueError, match="returned no tokens at all"):
+    with pytest.raises(ValueError, match="no completion with finite log-probs"):
         answer_of(Silent())
 
 
@@ -251,6 +251,33 @@ def test_on_a_real_model_noise_covers_int4_in_part(tmp_path):
     assert 0.037 / 1.6 < first.sigma < 0.037 * 1.6
     assert abs(first.coverage - 0.18) < 0.2 and 0 < first.standard_error < 0.1
     assert answer.layers[29]["mismatch"] > answer.layers[1]["mismatch"] > 0.05
+
+
+def test_completions_without_a_log_prob_are_left_out_and_a_trainer_that_scores_nan_is_an_error():
+    model = tiny.model(layers=2)
+    whole = TransformersEngine(put_in_format(plain_copy(model), "int3"), tiny.tokenizer())
+
+    class Partial:
+        dtype = kv_cache_dtype = quantization = None
+
+        def sample(self, *args):
+            samples = whole.sample(*args)
+            samples.logprobs[0][0], samples.logprobs[1][-1] = -math.inf, math.nan
+            return samples
+
+    answer = answer_of(Partial(), model)
+    assert answer.completions == 30 and math.isfinite(answer.k3) and answer.k3 < 10
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    with pytest.raises(ValueError, match="scores some of the engine's tokens as NaN"):
+        answer_of(Reporting(whole), model)
+
+
+def test_a_format_that_the_trainer_computes_in_has_no_profile():
+    model = tiny.model(layers=2, dtype=torch.bfloat16)
+    answer = answer_of(Reporting(TransformersEngine(tiny.model(layers=2), tiny.tokenizer())), model,
+                       number_format="bf16")  # fmt: skip
+    assert [each.profile for each in answer.variants] == ["flat"] * 3
 
 
 # ---- The command ----

@@ -1,7 +1,6 @@
 """Sigma by measurement: the noise is as far from the policy as the policy is from the one that sampled."""
 
 import copy
-import logging
 import math
 
 import pytest
@@ -78,8 +77,7 @@ def test_the_fitted_sigma_is_that_of_bisection(bits, lora, noise_scale):
     assert fit.metrics()["alp/noise/fit/sigma"] == pytest.approx(math.exp(low), rel=0.2)
 
 
-def test_a_run_fits_sigma_and_logs_both_divergences(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+def test_a_run_fits_sigma_logs_both_divergences_and_says_so_unasked(tmp_path, caplog):
     settings = {"max_steps": 8, "per_device_train_batch_size": 64, "learning_rate": 1e-5, **FITTED}
     trainer = tiny.trainer(tmp_path, rollout_func=tiny.rollout_func(0.1), **settings)
     trainer.train()
@@ -163,12 +161,15 @@ def test_sigma_rises_tenfold_at_most_in_one_measurement_and_goes_on_in_the_next(
     assert fit.level == pytest.approx(3e-3 * 0.5**0.25, rel=1e-4)
 
 
-def test_too_few_tokens_are_kept_for_the_next_measurement(tmp_path):
+def test_too_few_tokens_are_kept_for_the_next_measurement_and_a_run_that_had_no_more_says_so(tmp_path, caplog):
     trainer = tiny.trainer(
         tmp_path, rollout_func=tiny.rollout_func(0.1), max_completion_length=2, max_steps=1, **FITTED
     )
     trainer.train()
-    assert trainer.sigma_fit.level == pytest.approx(0.01) and 0 < trainer.sigma_fit.state_dict()["kept"][2] <= 16
+    kept = trainer.sigma_fit.state_dict()["kept"][2]
+    assert trainer.sigma_fit.level == pytest.approx(0.01) and 0 < kept <= 16
+    (said,) = [line for line in caplog.messages if "sigma was never fitted" in line]
+    assert f"{kept:.0f} tokens were measured, and 64 are needed" in said
 
 
 def test_it_works_for_noise_that_is_not_learned(tmp_path):

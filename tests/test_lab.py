@@ -264,6 +264,24 @@ def test_a_study_resumes_sums_up_and_begins_no_run_after_its_time(cache, tmp_pat
     assert not (tmp_path / "toy" / "a-s0.json").exists()
 
 
+def test_the_served_policy_is_a_rounded_copy_of_the_trained_one(policy):
+    model, tokenizer = policy
+    problems = task.build_problems()[1][:8]
+    evaluation = run.Evaluation(model, tokenizer, problems, 1, 1, "int3")
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluation.measure(0)
+    expected = behaviour.blank_copy(model)
+    expected.load_state_dict(weights)
+    with torch.no_grad():
+        behaviour.round_weights(expected, 3)
+    for name, value in evaluation.copy.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert evaluation.served == [(0, task.accuracy(expected, tokenizer, problems))]
+    evaluation.in_format("exact")  # the copy takes any format after any other
+    assert all(torch.equal(value, weights[name]) for name, value in evaluation.copy.state_dict().items())
+
+
 @pytest.mark.parametrize("stage", [*study.STAGES, *study.FURTHER_STAGES, "quick"])
 def test_every_run_of_a_stage_has_a_name_of_its_own_and_settings_that_a_run_knows(stage):
     runs = list((study.STAGES | study.FURTHER_STAGES | {"quick": study.quick})[stage]())

@@ -389,7 +389,8 @@ def fitted_table() -> str:
     for (point, arm), by in by_noise().items():
         for noise, runs in by.items():
             rows = list(runs.values())
-            sigmas = [curve(row, "alp/sigma/layer_00")[-1] for row in rows] if noise != "none" else []
+            layers = [name for name in rows[0]["curves"] if name.startswith("alp/sigma/layer")]  # without noise none
+            sigmas = [curve(row, layer)[-1] for row in rows for layer in layers] if noise != "none" else []
             means = [f"{statistics.fmean(map(measure, rows)):.3f}" for measure in YARDSTICKS.values()]
             gains = [
                 "" if noise == other else against(runs, by.get(other, {}), measure)

@@ -33,7 +33,7 @@ _RATE = 0.25
 # Tokens that a measurement takes at least; fewer are kept for the next one.
 _ENOUGH = 64
 # A divergence, in k3, of what two fp32 implementations differ by anyway: log-probs that agree to 1e-5.
-_FLOOR = 1e-10
+FLOOR = 1e-10
 # As much as one measurement may raise sigma: the square holds near what was measured, and too much noise does harm.
 _LARGEST_RISE = 10.0
 
@@ -71,6 +71,15 @@ class SigmaFit(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._new = None  # an interrupted run may have left some
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self._said:
+            self._said = True
+            logger.warning(
+                f"alp_noise_target={self.target:g}: sigma was never fitted and stayed at {self.level:.2g}. Of fresh "
+                f"rollouts {self._kept[2]:.0f} tokens were measured, and {_ENOUGH} are needed: let the run be longer, "
+                "lower `alp_monitor_every`, or set `alp_noise_target=None`."
+            )
+
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self._new is None:  # in all processes, or in none
             return
@@ -83,11 +92,11 @@ class SigmaFit(TrainerCallback):
     def fit(self, noise: float, mismatch: float, tokens: float) -> None:
         """Move sigma, given the sums of both divergences, in nats, over so many tokens."""
         noise, mismatch, before = noise / tokens, mismatch / tokens, self.level
-        floor = mismatch < _FLOOR
+        floor = mismatch < FLOOR
         if floor:
             wanted = self.perturbation.sigma_min
         else:
-            wanted = before * math.sqrt(self.target * mismatch / max(noise, _FLOOR))
+            wanted = before * math.sqrt(self.target * mismatch / max(noise, FLOOR))
         wanted = min(max(wanted, self.perturbation.sigma_min), self.perturbation.sigma_max)
         rate = 1.0 if self._fitted == 0 else _RATE
         cut_short = wanted > before * _LARGEST_RISE
@@ -124,7 +133,8 @@ class SigmaFit(TrainerCallback):
                 "`alp_noise_target=None`."
             )
         else:
-            logger.info(
+            # Not `info`, which nobody sees by default: it decides how much noise the run has.
+            logger.warning(
                 f"{found}, and noise of sigma {before:.2g} moves it by {noise:.2g}. Sigma is now {self.level:.2g}."
             )
 

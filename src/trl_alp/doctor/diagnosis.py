@@ -11,13 +11,12 @@ model does, and whether it does once the weights have been synced again. And som
 (`trainer_side.py`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from .counterfactuals import Case, Scorer, State, score_as_trl
-from .engines import Engine, GenerationSetting, Prompt, Samples, tokenise
+from .engines import Engine, GenerationSetting, Prompt, Samples, evaluating, tokenise
 from .examination import examine, own_rounding, precision
 from .findings import Diagnosis, Finding, evidence_row, verdict
 from .gap import CLIP_RANGE, by_position, by_probability, magnitude, share_outside
@@ -103,7 +102,7 @@ def diagnose(
         p = flat(score(model, trainer_ids, samples.completion_ids, setting.temperature))
         return Case(model, engine, setting, samples, trainer_ids, candidates, batch_size, progress), p, q
 
-    with _evaluating(model):
+    with evaluating(model):
         case, p, q = gather(seed)
         known = torch.isfinite(q) & ~torch.isnan(p)
         lost = missing(p, q)
@@ -192,13 +191,3 @@ def _diagnosis(findings, evidence, statistics, tokens, engine: Engine) -> Diagno
         by_probability(gap, tokens["engine"]),
         tokens,
     )
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -8,6 +8,7 @@ and the doctor then says what it could not tell apart.
 import copy
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -104,6 +105,17 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     if not ids:
         raise ValueError(f"The tokenizer makes no token of the prompt {str(prompt)[:60]!r}. Give prompts it knows.")
     return ids
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def plain_copy(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.nn.Module:

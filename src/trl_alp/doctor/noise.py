@@ -20,12 +20,14 @@ from .engines import (
     Samples,
     TransformersEngine,
     equal_lengths,
+    evaluating,
     plain_copy,
     unpadded_logits,
 )
 from .noise_answer import FLOOR, NoiseAnswer, NoiseVariant, in_words, verdict
 
 
+SCALES = ("rms", "channel", "absolute")  # the trainer's default first: the verdict is about it
 # Sigma that is tried first, and the most rounds of measuring and setting it until it is within so much.
 _PROBE, _ROUNDS, _NEAR = 0.01, 4, 0.1
 _BOUNDS = (1e-6, 0.5)  # `alp_sigma_min` and `alp_sigma_max`
@@ -78,7 +80,7 @@ def ask_noise(
 
     Raises:
         `ValueError`: If there are no prompts, `draws` is no multiple of 4, a format is unknown, or the engine returns
-            no tokens.
+            no completion with finite log-probs, or the training model scores tokens as NaN.
 
     Example:
 
@@ -99,19 +101,16 @@ def ask_noise(
         engine = TransformersEngine(put_in_format(plain_copy(model), engine), tokenizer)
     if number_format is not None:
         check_format(number_format)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         progress("sample")
         samples = engine.sample(prompts, GenerationSetting(temperature, max_tokens=max_tokens), seed)
-        kept = [row for row, completion in enumerate(samples.completion_ids) if completion]
+        # A completion without one of its log-probs is left out, as training leaves out the token.
+        kept = [row for row, values in enumerate(samples.logprobs) if values and all(map(math.isfinite, values))]
         if not kept:
-            raise ValueError("The engine returned no tokens at all.")
+            raise ValueError("The engine returned no completion with finite log-probs: there is nothing to compare.")
         samples = Samples(*([column[row] for row in kept] for column in samples))
         question = _Question(model, engine, samples, temperature, seed, batch_size)
         return _answer(question, words, number_format, draws, progress)
-    finally:
-        model.train(training)
 
 
 class _Question:
@@ -170,25 +169,38 @@ def _answer(question: _Question, words: str, number_format: str | None, draws: i
         entropy = -(engine.exp() * engine).nan_to_num(0.0).sum(-1) if engine.dim() == 2 else -engine
         entropies.append(torch.stack([-(policy.exp() * policy).nan_to_num(0.0).sum(-1), entropy]).double())
     k3 = torch.cat(mismatch).mean().item()
+    if not math.isfinite(k3):
+        raise ValueError("The training model scores some of the engine's tokens as NaN: look at its weights.")
     entropy_policy, entropy_engine = torch.cat(entropies, 1).mean(1).tolist()
     answer = NoiseAnswer(
         covers=False, verdict="", engine=words, tokens=len(torch.cat(mismatch)),
         completions=len(question.samples.completion_ids), whole_vocabulary=question.sees_engine, k3=k3,
         kl=sum(divergences) / len(torch.cat(mismatch)), entropy_policy=entropy_policy, entropy_engine=entropy_engine,
     )  # fmt: skip
-    answer.layers = _by_layer(question, number_format, progress)
+    progress("look at the layers")
+    profiles = {} if number_format is None else _profiles(question, number_format)
+    answer.layers = _by_layer(question, profiles.get("rms"))
     if k3 >= FLOOR:
-        for scale in ("rms", "channel", "absolute"):
-            for profile in ("flat", *filter(None, [number_format])):
+        for scale in SCALES:
+            errors = profiles.get(scale)
+            # A format that the trainer computes in itself adds nothing, and so has no profile.
+            measured = errors is not None and bool((errors > 0).all())
+            for profile in ("flat", number_format) if measured else ("flat",):
                 progress(f"noise: {scale}, {profile}")
-                answer.variants.append(_variant(question, scale, profile, k3, plain, divergences, draws))
+                offsets = None if profile == "flat" else profile_offsets(errors.tolist())
+                noise, averaged, sigma = _covered(question, scale, offsets, k3, plain, draws)
+                covered, error = coverage(averaged, divergences) or (None, None)
+                level = math.exp(sum(map(math.log, sigma)) / len(sigma))
+                answer.variants.append(NoiseVariant(scale, profile, level, sigma, noise, covered, error))
     answer.covers, answer.verdict = verdict(answer, question.engine)
     return answer
 
 
-def _variant(question, scale, profile, k3, plain, divergences, draws) -> NoiseVariant:
-    model = question.model
-    perturbation = LayerwisePerturbation(model, sigma_init=_PROBE, noise_scale=scale).to(plain_device(plain))
+def _covered(question, scale, offsets, k3, plain, draws) -> tuple[float, list[float], list[float]]:
+    """Fit noise of that scale and shape: its divergence, that of the averaged policy from the engine for each
+    completion, and sigma by layer."""
+    model, device = question.model, next(iter(plain.values())).device
+    perturbation = LayerwisePerturbation(model, sigma_init=_PROBE, noise_scale=scale).to(device)
     try:
         if scale == "channel":
             channels = ChannelScale(perturbation)
@@ -196,24 +208,19 @@ def _variant(question, scale, profile, k3, plain, divergences, draws) -> NoiseVa
                 for batch in question.batches:
                     question.logps(model, batch)
             channels.update()
-        if profile != "flat":
-            errors = local_errors(model, *_some_tokens(question), profile, scale)
-            if bool((errors > 0).all()):
-                perturbation.log_sigma += profile_offsets(errors.tolist()).to(perturbation.log_sigma.device)
+        if offsets is not None:
+            perturbation.log_sigma += offsets.to(device)
         noise = _fit(question, perturbation, k3, plain, first_draw=draws)
         averaged = []
         for number, batch in enumerate(question.batches):
             mean = NoiseAverage(draws)
             for draw in range(draws):
                 mean.add(question.noisy(perturbation, number, draw))
-            tokens = question.tokens(batch, perturbation.log_sigma.device)
-            engine = question.engine_logps(batch, tokens)
-            averaged += question.by_row(batch, mean.divergence_from(engine, tokens))
-        sigma = perturbation.sigma.tolist()
+            tokens = question.tokens(batch, device)
+            averaged += question.by_row(batch, mean.divergence_from(question.engine_logps(batch, tokens), tokens))
+        return noise, averaged, perturbation.sigma.tolist()
     finally:
         perturbation.remove()
-    covered, error = coverage(averaged, divergences) or (None, None)
-    return NoiseVariant(scale, profile, math.exp(sum(map(math.log, sigma)) / len(sigma)), sigma, noise, covered, error)
 
 
 def _fit(question, perturbation, k3: float, plain: dict[int, torch.Tensor], first_draw: int) -> float:
@@ -234,10 +241,6 @@ def _fit(question, perturbation, k3: float, plain: dict[int, torch.Tensor], firs
     return noise
 
 
-def plain_device(plain: dict[int, torch.Tensor]) -> torch.device:
-    return next(iter(plain.values())).device
-
-
 def _some_tokens(question: _Question) -> tuple[torch.Tensor, torch.Tensor]:
     """The first batches' tokens, on the left of a rectangle, and its mask.  # (B, T) each"""
     samples, rows = question.samples, []
@@ -251,11 +254,15 @@ def _some_tokens(question: _Question) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def _by_layer(question: _Question, number_format: str | None, progress) -> list[dict]:
-    progress("look at the layers")
+def _profiles(question: _Question, number_format: str) -> dict[str, torch.Tensor]:
+    """The local errors of the layers in that format, relative to each scale of the noise.  # (L,) each"""
+    tokens = _some_tokens(question)
+    return {scale: local_errors(question.model, *tokens, number_format, scale) for scale in SCALES}
+
+
+def _by_layer(question: _Question, errors: torch.Tensor | None) -> list[dict]:
     count = len(find_decoder_layers(question.model))
     mismatch: list[float | None] = [None] * count
-    errors: list[float | None] = [None] * count
     if question.sees_engine:
         ids, mask = _some_tokens(question)
         exact, other = (_outputs(model, ids, mask) for model in (question.model, question.engine.model))
@@ -263,11 +270,10 @@ def _by_layer(question: _Question, number_format: str | None, progress) -> list[
             ((b - a).square().mean(-1) / a.square().mean(-1)).mean().sqrt().item()
             for a, b in zip(exact, other, strict=True)
         ]
-    if number_format is not None:
-        errors = local_errors(question.model, *_some_tokens(question), number_format).tolist()
+    local = [None] * count if errors is None else errors.tolist()
     return [
         {"layer": index, "mismatch": gap, "local_error": error}
-        for index, (gap, error) in enumerate(zip(mismatch, errors, strict=True))
+        for index, (gap, error) in enumerate(zip(mismatch, local, strict=True))
     ]
 
 

@@ -3,12 +3,11 @@
 
 from dataclasses import asdict, dataclass, field
 
+from ..fit import FLOOR
 from .engines import Engine
 from .findings import finite, table
 
 
-# A divergence, in k3, of what two fp32 implementations differ by anyway; the fit of training has the same.
-FLOOR = 1e-10
 # Coverage that is worth the noise, and how many standard errors it has to be away from that, and from 0.
 WORTH, SURE = 0.1, 2.0
 
