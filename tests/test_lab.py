@@ -19,6 +19,7 @@ sys.path.insert(0, str(LAB))
 import arms  # noqa: E402
 import behaviour  # noqa: E402
 import figures  # noqa: E402
+import flatness  # noqa: E402
 import run  # noqa: E402
 import study  # noqa: E402
 import survival  # noqa: E402
@@ -83,8 +84,8 @@ def test_every_worked_answer_is_right_and_of_the_length_that_is_promised():
         assert int(total) == a + b == int(row["answer"])
         assert all(sum(map(int, c.split("=")[0].split("+"))) == int(c.split("=")[1]) for c in columns)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
-    assert {len(row["prompt"]) for row in train} == {task.PROMPT_LENGTH}
-    assert max(map(len, answers)) < task.MAX_COMPLETION_LENGTH
+    assert {len(row["prompt"]) for row in train} == {task.prompt_length(3)}
+    assert max(map(len, answers)) < task.max_completion_length(3)
 
 
 @pytest.mark.parametrize("completion", ["7+5=12:613", "632:", "", "7+5=12,4+8+1=13,3+2+1=6:0632", "632 "])
@@ -147,7 +148,7 @@ def test_noise_on_the_behaviour_side_is_drawn_anew_for_every_token(policy, numer
 
 def test_in_bf16_small_noise_is_rounded_away_and_in_fp32_it_is_not(policy):
     model = policy[0].eval()
-    ids = torch.randint(2, 16, (8, task.PROMPT_LENGTH + 10), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, 16, (8, task.prompt_length(3) + 10), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(8, 10, dtype=torch.bool)
     full = [survival.measure(model, ids, mask, "rms", sigma) for sigma in (1e-5, 1e-2, 1e-1)]
     assert all(row["survived"] > 0.99 for row in full)
@@ -169,11 +170,13 @@ def trained(cache):
     run.is_correct = reward_digits
     try:
         for arm in arms.ARMS:
+            # A model that knows nothing is never three times as sure of a sequence as its engine.
+            arms.MASKED_ABOVE = 1.01 if "mask" in arm else 3.0
             weights[arm] = weights_after(arm, cache)
         still = {"alp_sigma_init": 1e-6, "alp_learn_sigma": False, "alp_dual_clip": None}
         weights["alp_tis, no noise"] = weights_after("alp_tis", cache, **still)
     finally:
-        run.is_correct = original
+        run.is_correct, arms.MASKED_ABOVE = original, 3.0
     return weights
 
 
@@ -225,6 +228,116 @@ def test_the_arm_dppo_leaves_out_what_moved_too_far_in_the_direction_of_its_adva
     kept = ~(away & ((policy - behaviour).abs() > 0.15)) & (policy / behaviour < 20)
     torch.testing.assert_close(logps.grad, -advantage * kept * policy / behaviour)
     assert 0.2 < kept.float().mean() < 0.8
+
+
+def caught(arm: str, numerics: str, cache: Path, monkeypatch, trainer_class, method: str, look) -> None:
+    """Call `look(trainer, call, *args)` in place of a method in a tiny run of an arm; `call` is the method."""
+    original = getattr(trainer_class, method)
+    monkeypatch.setattr(
+        trainer_class, method, lambda self, *args, **kwargs: look(
+            self, lambda: original(self, *args, **kwargs), *args
+        )
+    )  # fmt: skip
+    monkeypatch.setattr(run, "is_correct", reward_digits)
+    run.run(TINY | {"arm": arm, "numerics": numerics}, cache)
+
+
+@pytest.mark.parametrize("arm", ["bypass_mask", "alp_mask"])
+def test_a_masked_arm_leaves_out_the_sequences_whose_ratio_is_above_the_bound_and_no_others(arm, cache, monkeypatch):
+    monkeypatch.setattr(arms, "MASKED_ABOVE", 1.02)
+    seen = []
+
+    def look(trainer, call, logps):
+        before = trainer._update["advantages"].clone()
+        known, inputs = call(), trainer._update
+        gap = (logps.detach() - inputs["sampling_per_token_logps"]) * inputs["completion_mask"]
+        kept = torch.tensor([math.exp(sum(row.tolist())) <= 1.02 for row in gap])
+        assert torch.equal(inputs["advantages"], torch.where(kept, before, 0.0))
+        seen.extend(kept.tolist())
+        return known
+
+    caught(arm, "int3", cache, monkeypatch, arms.SequenceMaskTrainer, "_set_denominator", look)
+    assert 0.2 < statistics.mean(seen) < 0.98
+
+
+@pytest.mark.parametrize("arm", ["centred", "centred_tis"])
+def test_a_centred_score_has_no_mean_under_what_weighs_the_tokens(arm, cache, monkeypatch):
+    def look(trainer, call, model, ids, mask, kept, *_):
+        logps, *rest = call()
+        if torch.is_grad_enabled():
+            # The mean of the score over the vocabulary, as the gradient of sum_v w(v) (log p(v) - m): nothing is left.
+            weights = trainer._weights(ids, mask, kept)
+            everything = arms.distribution(model, ids, mask, kept)
+            mean = (weights * everything).sum(-1, keepdim=True)
+            centred = (weights * (everything - mean)).sum()
+            head = model.model.layers[0].mlp.up_proj.weight
+            assert torch.autograd.grad(centred, head, retain_graph=True)[0].abs().max() < 1e-5
+            # And what the loss gets is the score of the token less that mean, and the log-prob's own value.
+            completion = ids[:, -kept:, None]
+            plain, real = everything.gather(-1, completion)[..., 0], mask[:, -kept:].bool()
+            torch.testing.assert_close(logps[real], plain[real])
+            expected = torch.autograd.grad((plain - mean[..., 0])[real].sum(), head, retain_graph=True)[0]
+            torch.testing.assert_close(torch.autograd.grad(logps[real].sum(), head, retain_graph=True)[0], expected)
+            engine = trainer.rollout_func.copy(ids).logits[:, -kept - 1 : -1].softmax(-1)
+            looked.append((weights - engine)[real].abs().max())
+        return (logps, *rest)
+
+    looked = []
+    caught(arm, "int3", cache, monkeypatch, arms.CentredTrainer, "_get_per_token_logps_and_entropies", look)
+    assert len(looked) == TINY["updates"]
+    assert (max(looked) > 1e-3) == (arm == "centred_tis")  # without a correction the engine's own probabilities
+
+
+def test_the_rounded_forward_has_the_engines_weights_in_every_pass_and_trains_the_unrounded_ones(cache, monkeypatch):
+    rounded = []
+
+    def look(trainer, call, model, *_):
+        weight = model.model.layers[0].mlp.up_proj.weight
+        rounded.append(len((weight[0] / weight[0].abs().max() * 3).unique()))
+        return call()
+
+    stock = arms.RoundedForwardTrainer
+    caught("rounded_forward", "int3", cache, monkeypatch, stock, "_get_per_token_logps_and_entropies", look)
+    assert len(rounded) >= TINY["updates"] and max(rounded) <= 7
+    policies = []
+    measure = run.Evaluation.measure
+    monkeypatch.setattr(
+        run.Evaluation, "measure", lambda self, step: (policies.append(self.policy), measure(self, step))
+    )
+    result = run.run(TINY | {"arm": "rounded_forward", "numerics": "int3"}, cache)
+    weight = policies[-1].model.layers[0].mlp.up_proj.weight[0]
+    assert len(weight.unique()) > 7
+    assert result["log"][0]["alp/kl/k3"] < 1e-10  # fresh rollouts: trainer and engine are one
+
+
+@pytest.mark.parametrize("digits", [3, 12, 30])
+def test_the_length_of_an_answer_follows_the_digits(digits):
+    train, held_out = task.build_problems(digits)
+    for row in held_out[:20]:
+        a, b = map(int, row["prompt"].rstrip("=").split("+"))
+        assert len(str(a)) == len(str(b)) == digits and a + b == int(row["answer"])
+        assert row["worked"].count(",") == digits - 1 and row["worked"].endswith(f":{row['answer']}")
+    assert {len(row["prompt"]) for row in train} == {task.prompt_length(digits)}
+    longest = max(len(row["worked"]) + 1 for row in train)
+    assert 0.9 * task.max_completion_length(digits) < longest <= task.max_completion_length(digits)
+
+
+def test_a_noise_or_rounding_that_is_larger_moves_a_policy_further(policy):
+    model, tokenizer = policy
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    moved = flatness.flatness(model, tokenizer, task.build_problems()[1][:32])
+    assert 0 < 5 * moved["0.03"][0] < moved["0.1"][0] < moved["0.3"][0]
+    assert 0 < moved["int4"][0] < moved["int3"][0]
+    assert all(0 < error < mean for mean, error in moved.values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert moved == flatness.flatness(model, tokenizer, task.build_problems()[1][:32])
+
+
+@pytest.mark.parametrize("wrong", [{"arm": "grop"}, {"numerics": "int33"}, {"numerics": "int3+nose-0.1"}])
+def test_an_unknown_arm_or_number_format_is_an_error_before_anything_runs(wrong, tmp_path):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.* is unknown"):
+        run.run(wrong, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_a_run_logs_every_update_and_evaluates_without_noise(cache):

@@ -156,7 +156,10 @@ def test_recipe_trains_at_tiny_size_with_its_own_method(recipe, monkeypatch, tmp
     warnings = [
         r.getMessage() for r in caplog.records if r.name.startswith("trl_alp") and r.levelno >= logging.WARNING
     ]
-    assert warnings == []
+    # Three updates are too few tokens to fit sigma to, and a run that never fitted it says so.
+    assert [w for w in warnings if "never fitted" not in w] == []
+    fitted = alp and bool(engine) and settings.get("alp_noise_target", 1.0) is not None
+    assert len(warnings) == fitted
 
 
 def test_tis_truncates_and_mis_masks_the_engines_ratio_above_five(monkeypatch, tmp_path, language_model, engine):

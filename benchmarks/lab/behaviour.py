@@ -9,6 +9,7 @@ has it); `int3+noise-S` is both. `lag` is staleness on top of the updates per ba
 many batches old.
 """
 
+import re
 from collections import deque
 from contextlib import nullcontext
 
@@ -43,6 +44,13 @@ def parse_numerics(numerics: str) -> list[tuple[str, float]]:
     return [(kind, float(size or 0)) for kind, _, size in (part.partition("-") for part in numerics.split("+"))]
 
 
+def check_numerics(numerics: str) -> None:
+    """Raise a `ValueError` unless a behaviour policy can have these numerics."""
+    for kind, _ in parse_numerics(numerics):
+        if kind not in ("exact", "bf16", "gauss", "noise") and not re.fullmatch(r"int[2-8]", kind):
+            raise ValueError(f"numerics={kind!r} is unknown; see benchmarks/lab/behaviour.py.")
+
+
 def blank_copy(policy: torch.nn.Module) -> torch.nn.Module:
     """A model like the policy, for [`load_as`]."""
     # Not `copy.deepcopy`: TRL patches `forward` of the policy, and a copy of that would run the policy itself.
@@ -54,6 +62,7 @@ def load_as(
     numerics: str, copy: torch.nn.Module, weights: dict[str, torch.Tensor], generator: torch.Generator | None = None
 ) -> None:
     """Load `weights` into `copy` as an engine of that number format holds them; `gauss` draws from `generator`."""
+    check_numerics(numerics)
     copy.float().load_state_dict(weights)
     for kind, size in parse_numerics(numerics):
         if kind == "bf16":
@@ -62,8 +71,6 @@ def load_as(
             round_weights(copy, int(kind.removeprefix("int")))
         elif kind == "gauss":
             shake_weights(copy, size, generator)
-        elif kind not in ("exact", "noise"):
-            raise ValueError(f"numerics={kind!r} is unknown; see benchmarks/lab/behaviour.py.")
 
 
 class Behaviour:

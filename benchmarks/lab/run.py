@@ -7,8 +7,8 @@ One run of the lab, described by one YAML file of what differs from `DEFAULTS` b
 
 Writes, beside the YAML file, `NAME.json`: the settings, the accuracy on held-out problems (one sample at temperature
 1, without noise) every so many updates, of the policy in the precision it is trained in (`accuracy`) and in the
-numerics that sample its rollouts (`served`), that of the final policy in every number format (`formats`), and the log,
-one row an update. A run that is there already is not repeated.
+numerics that sample its rollouts (`served`), that of the final policy in every number format (`formats`), how sharp it
+is (`flatness`), and the log, one row an update. A run that is there already is not repeated.
 """
 
 import argparse
@@ -34,11 +34,12 @@ if find_spec("vllm"):
 import torch
 import transformers
 import yaml
-from arms import build_trainer
-from behaviour import Behaviour, blank_copy, load_as
+from arms import ARMS, build_trainer
+from behaviour import Behaviour, blank_copy, check_numerics, load_as
 from datasets import Dataset
 from filelock import FileLock
-from task import MAX_COMPLETION_LENGTH, accuracy, build_problems, is_correct, warm_start
+from flatness import flatness
+from task import accuracy, build_problems, is_correct, max_completion_length, warm_start
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
@@ -50,6 +51,7 @@ DEFAULTS = {
     "place": None,
     "numerics": "int5",
     "lag": 0,
+    "digits": 3,
     "updates_per_rollout": 8,  # the rollouts are as many mini-batches, so that no dial changes the batch of an update
     "mini_batch": 32,  # completions
     "num_generations": 8,
@@ -99,19 +101,28 @@ class Evaluation(TrainerCallback):
             self.measure(state.global_step)
 
 
+def started(settings: dict, cache: Path):
+    """The warm-started model of a run of `settings`, and its tokenizer; made once and cached."""
+    size, target, digits = settings["size"], settings["start_accuracy"], settings["digits"]
+    name = f"warm-{size['hidden']}x{size['layers']}-{target}" + (f"-{digits}digits" if digits != 3 else "")
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{name}.lock"):  # the first of several processes makes it
+        return warm_start(cache / name, size, target, settings["device"], digits)
+
+
 def run(settings: dict, cache: Path) -> dict:
     """Train as `settings` say (see `DEFAULTS`); them, the accuracy over time, the log, and the seconds it took."""
     if unknown := settings.keys() - DEFAULTS.keys():
         raise ValueError(f"{sorted(unknown)} are no settings of a run; see `DEFAULTS` in benchmarks/lab/run.py.")
     settings = DEFAULTS | settings
+    if settings["arm"] not in ARMS:
+        raise ValueError(f"arm={settings['arm']!r} is unknown; the arms are {', '.join(ARMS)}.")
+    if settings["numerics"] not in FORMATS:
+        check_numerics(settings["numerics"])
     start = time.perf_counter()
-    train, held_out = build_problems()
-    size = settings["size"]
-    name = f"warm-{size['hidden']}x{size['layers']}-{settings['start_accuracy']}"
+    train, held_out = build_problems(settings["digits"])
     device = settings["device"]
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{name}.lock"):  # the first of several processes makes it
-        policy, tokenizer = warm_start(cache / name, size, settings["start_accuracy"], device)
+    policy, tokenizer = started(settings, cache)
     set_seed(settings["seed"])
     evaluation = Evaluation(
         policy, tokenizer, held_out[: settings["eval_problems"]], settings["eval_every"], settings["updates"],
@@ -130,7 +141,7 @@ def run(settings: dict, cache: Path) -> dict:
             "per_device_train_batch_size": settings["mini_batch"],
             "steps_per_generation": settings["updates_per_rollout"],
             "num_generations": settings["num_generations"],
-            "max_completion_length": MAX_COMPLETION_LENGTH,
+            "max_completion_length": max_completion_length(settings["digits"]),
             "max_steps": settings["updates"],
             "learning_rate": settings["learning_rate"],
             "lr_scheduler_type": "constant",
@@ -170,6 +181,7 @@ def run(settings: dict, cache: Path) -> dict:
         "accuracy": evaluation.accuracy,
         "served": evaluation.served,
         "formats": {numerics: evaluation.in_format(numerics) for numerics in SERVED_IN},
+        "flatness": flatness(policy, tokenizer, evaluation.problems[:200]),
         "log": log,
         "seconds": time.perf_counter() - start,
     }

@@ -224,6 +224,68 @@ def fitted() -> Runs:
         yield f"{point}-{noisy}-{label}-s{seed}", settings
 
 
+def front() -> Runs:
+    """Correction and clip range apart, at 3 bits, on both yardsticks; with `fitted`'s arms without noise one table.
+
+    Decided before any of these runs was made: every arm in both ranges, at one rate; the findings are about the effect
+    of the range within an arm and of the correction within a range, on both yardsticks, over five seeds.
+    """
+    point, ranges = POINTS["mismatch_beyond"], CLIPS | {"gspo10": {"epsilon": 3e-3, "epsilon_high": 4e-3}}
+    arms = [(arm, clip) for arm in ("grpo", "mis", "tis") for clip in CLIPS]
+    arms += [("bypass_token", "narrow"), ("bypass_sequence", "narrow"), ("gspo", "narrow"), ("gspo", "gspo10")]
+    arms += [("gspo", "wide"), ("gspo_mis", "narrow"), ("bypass_geometric", "narrow"), ("bypass_geometric", "wide")]
+    for (arm, clip), seed in itertools.product(arms, NEW_SEEDS):
+        settings = {"arm": arm, "learning_rate": RATES[0], "overrides": ranges[clip]}
+        yield f"{arm}-{clip}-s{seed}", settings | point | {"seed": seed}
+
+
+def confirm() -> Runs:
+    """Strong noise at 3 bits on new seeds, beside `fitted`'s arms.
+
+    Decided before any of these runs was made: the claim to be tested is that sigma 0.1 against none raises what is
+    served at 3 bits, per token and per sequence, since a look at other seeds said so.
+    """
+    for (noisy, _), seed in itertools.product(PAIRS, NEW_SEEDS):
+        settings = arm_settings(noisy, "wide", RATES[0], alp_sigma_init=STRONG_SIGMA, alp_noise_target=None)
+        yield f"{noisy}-0.1-s{seed}", settings | POINTS["mismatch_beyond"] | {"seed": seed}
+
+
+def sceptic() -> Runs:
+    """The arms that a sceptic asks for, at 3 bits, beside `front`'s and `fitted`'s.
+
+    Decided before any of these runs was made: the mask against none within one ratio, with and without fitted noise;
+    centring against none, alone and with TIS; the rounded forward against all, as served. All over five seeds.
+    """
+    arms: dict[str, dict] = {
+        "bypass_mask": arm_settings("bypass_mask", "wide", RATES[0]),
+        "alp_mask": arm_settings("alp_mask", "wide", RATES[0], alp_noise_target=1.0),
+        "rounded_forward": arm_settings("rounded_forward", "narrow", RATES[0]),
+        "centred": arm_settings("centred", "narrow", RATES[0]),
+        "centred_tis": arm_settings("centred_tis", "narrow", RATES[0]),
+    }
+    for (label, settings), seed in itertools.product(arms.items(), NEW_SEEDS):
+        yield f"{label}-s{seed}", settings | POINTS["mismatch_beyond"] | {"seed": seed}
+
+
+def length() -> Runs:
+    """Twelve digits, four bits: the mismatch that does no harm at three digits, summed over four times the tokens.
+
+    Decided before any of these runs was made: fitted noise against none per sequence, and each against GRPO and MIS,
+    on both yardsticks. The rate is where a first look had seen the edge.
+    """
+    arms: dict[str, dict] = {
+        "bypass_sequence": arm_settings("bypass_sequence", "wide", 3e-5),
+        "alp_sequence-fitted": arm_settings("alp_sequence", "wide", 3e-5, alp_noise_target=1.0),
+        "mis": arm_settings("mis", "narrow", 3e-5),
+        "grpo": arm_settings("grpo", "narrow", 3e-5),
+        "bypass_mask": arm_settings("bypass_mask", "wide", 3e-5),
+        "alp_mask-fitted": arm_settings("alp_mask", "wide", 3e-5, alp_noise_target=1.0),
+        "alp_sequence-0.1": arm_settings("alp_sequence", "wide", 3e-5, alp_sigma_init=STRONG_SIGMA),
+    }
+    for seed, (label, settings) in itertools.product(NEW_SEEDS, arms.items()):
+        yield f"{label}-s{seed}", settings | POINTS["mismatch_edge"] | {"seed": seed, "digits": 12, "updates": 240}
+
+
 def quick() -> Runs:
     """Every arm at a learning rate that is too high for most of them, at the edge of the mismatch dial."""
     for arm in ARMS:
@@ -248,7 +310,10 @@ def engine() -> Runs:
         yield f"{numerics}-{arm}-s{seed}", arm_settings(arm, clip, rate) | point
 
 
-STAGES = {stage.__name__: stage for stage in (disease, tune, grid, matched, strong, ablation, fitted)}
+STAGES = {
+    stage.__name__: stage
+    for stage in (disease, tune, grid, matched, strong, ablation, fitted, confirm, front, length, sceptic)
+}
 # With needs of their own, so to be asked for by name.
 FURTHER_STAGES = {"engine": engine, "gpu": gpu}
 
@@ -328,16 +393,23 @@ def sum_up(stage: str, folder: Path, results: Path) -> None:
         (results / f"{stage}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
-def start(folder: Path, results: Path, size: str = "96x4-0.4") -> None:
-    """Accuracy of the warm-started model in every number format, once, to `start.json` in `results`."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from run import DEFAULTS, SERVED_IN, Evaluation
-    from task import build_problems, warm_start
+def start_file(digits: int) -> str:
+    return "start.json" if digits == 3 else f"start-{digits}digits.json"
 
-    policy, tokenizer = warm_start(folder / f"warm-{size}", DEFAULTS["size"], DEFAULTS["start_accuracy"])
-    evaluation = Evaluation(policy, tokenizer, build_problems()[1][: DEFAULTS["eval_problems"]], 1, 1, "exact")
+
+def start(folder: Path, results: Path, digits: int = 3) -> None:
+    """Accuracy of the warm-started model in every number format, to a file in `results`."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from run import DEFAULTS, SERVED_IN, Evaluation, started
+    from task import build_problems
+
+    settings = DEFAULTS | {"digits": digits}
+    policy, tokenizer = started(settings, folder)
+    evaluation = Evaluation(
+        policy, tokenizer, build_problems(digits)[1][: settings["eval_problems"]], 1, 1, "exact"
+    )  # fmt: skip
     formats = {name: evaluation.in_format(name) for name in SERVED_IN}
-    (results / "start.json").write_text(json.dumps(formats) + "\n")
+    (results / start_file(digits)).write_text(json.dumps(formats) + "\n")
 
 
 # ---- Running ----
@@ -413,8 +485,9 @@ def main() -> None:
         runs = (STAGES | FURTHER_STAGES)[name]()
         runs = ((run, settings) for run, settings in runs if re.search(options.only, run))
         carry_out(name, runs, options.folder, options.jobs, deadline, options.results)
-        if name == "fitted" and not (options.results / "start.json").exists():
-            start(options.folder, options.results)
+        for stage, digits in (("fitted", 3), ("length", 12)):
+            if name == stage and not (options.results / start_file(digits)).exists():
+                start(options.folder, options.results, digits)
 
 
 if __name__ == "__main__":

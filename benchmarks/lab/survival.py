@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from behaviour import Behaviour
 from study import RESULTS
-from task import PROMPT_LENGTH, build_problems, warm_start
+from task import build_problems, prompt_length, warm_start
 
 from trl_alp import LayerwisePerturbation
 
@@ -30,6 +30,9 @@ def completion_logps(model, ids: torch.Tensor) -> torch.Tensor:
     """Log-probs of the tokens after the prompt, in nats.  # (B, T)"""
     logits = model(ids).logits[:, PROMPT_LENGTH - 1 : -1].float()
     return logits.log_softmax(-1).gather(-1, ids[:, PROMPT_LENGTH:, None])[..., 0]
+
+
+PROMPT_LENGTH = prompt_length(digits=3)
 
 
 def measure(model, ids: torch.Tensor, mask: torch.Tensor, scale: str, sigma: float) -> dict[str, float]:

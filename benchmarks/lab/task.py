@@ -3,9 +3,10 @@
 
     347+285=  ->  7+5=12,4+8+1=13,3+2+1=6:632
 
-Answers are 21 to 29 tokens long, one token a character, and the reward is 1 if what follows the colon is the sum. The
-model is warm-started once by imitation, until it is right about 40 % of the time at temperature 1, and cached, so that
-all runs start from the same weights.
+One token is one character, and the reward is 1 if what follows the colon is the sum. The number of digits is the dial
+of length: answers have 21 to 29 tokens at 3 digits, about 100 to 120 at 12, and 250 to 300 at 30. The model is
+warm-started once by imitation, until it is right about 40 % of the time at temperature 1, and cached, so that all runs
+start from the same weights.
 """
 
 import random
@@ -16,8 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 
-PROMPT_LENGTH = 8  # "347+285=": all prompts are as long, so nothing is padded on the left
-MAX_COMPLETION_LENGTH = 31
+def prompt_length(digits: int) -> int:
+    """Tokens of a prompt; all prompts of a run are as long, so nothing is padded on the left."""
+    return 2 * digits + 2
+
+
+def max_completion_length(digits: int) -> int:
+    """One token more than the longest right answer has."""
+    return 10 * digits + 1
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -28,7 +35,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, size: dict[str, int]) -> Qwen2ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, size: dict[str, int], digits: int = 3) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=size["hidden"],
@@ -36,7 +43,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: dict[str, int]) -> Qwe
         num_hidden_layers=size["layers"],
         num_attention_heads=size["heads"],
         num_key_value_heads=size["heads"],
-        max_position_embeddings=64,
+        max_position_embeddings=max(64, prompt_length(digits) + max_completion_length(digits)),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.eos_token_id,
@@ -44,24 +51,25 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: dict[str, int]) -> Qwe
     return Qwen2ForCausalLM(config)
 
 
-def work_out(a: int, b: int) -> str:
+def work_out(a: int, b: int, digits: int) -> str:
     """The answer, column by column from the right."""
     columns, carry = [], 0
-    for place in (1, 10, 100):
-        left, right = a // place % 10, b // place % 10
+    for place in range(digits):
+        left, right = a // 10**place % 10, b // 10**place % 10
         columns.append(f"{left}+{right}" + ("+1" if carry else "") + f"={left + right + carry}")
         carry = (left + right + carry) // 10
     return f"{','.join(columns)}:{a + b}"
 
 
-def build_problems() -> tuple[list[dict], list[dict]]:
-    """Sums of two three-digit numbers: (20000 to train on, 1000 held out)."""
-    draw = random.Random(0)
-    pairs = [divmod(index, 900) for index in draw.sample(range(900 * 900), 21000)]
-    problems = [
-        {"prompt": f"{100 + a}+{100 + b}=", "answer": str(200 + a + b), "worked": work_out(100 + a, 100 + b)}
-        for a, b in pairs
-    ]
+def build_problems(digits: int = 3) -> tuple[list[dict], list[dict]]:
+    """Sums of two numbers of as many digits: (20000 to train on, 1000 held out)."""
+    draw, least = random.Random(0), 10 ** (digits - 1)
+    if digits == 3:
+        pairs = [divmod(index, 900) for index in draw.sample(range(900 * 900), 21000)]
+    else:  # too many to draw from without replacement; that two are equal is out of the question
+        pairs = [(draw.randrange(9 * least), draw.randrange(9 * least)) for _ in range(21000)]
+    sums = [(least + a, least + b) for a, b in pairs]
+    problems = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "worked": work_out(a, b, digits)} for a, b in sums]
     return problems[1000:], problems[:1000]
 
 
@@ -87,9 +95,9 @@ def sample(
         Completion ids, the end of sequence included, and their log-probs in nats, for each prompt.
     """
     cache, tokens, logprobs = DynamicCache(config=model.config), [], []
-    step = prompt_ids.to(generator.device)
+    step, limit = prompt_ids.to(generator.device), max_completion_length(prompt_ids.size(1) // 2 - 1)
     finished = torch.zeros_like(step[:, 0], dtype=torch.bool)
-    while len(tokens) < MAX_COMPLETION_LENGTH and not finished.all():
+    while len(tokens) < limit and not finished.all():
         logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         scores = logits.log_softmax(-1)  # (B, V)
         step = scores.exp().multinomial(1, generator=generator)
@@ -115,15 +123,15 @@ def accuracy(model, tokenizer, problems: list[dict]) -> float:
 
 
 def warm_start(
-    folder: Path, size: dict[str, int], target: float, device: str = "cpu"
+    folder: Path, size: dict[str, int], target: float, device: str = "cpu", digits: int = 3
 ) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
     """The model that all runs start from: imitation until `target` of the held-out problems are right; cached."""
     tokenizer = build_tokenizer()
     if (folder / "config.json").exists():
         return Qwen2ForCausalLM.from_pretrained(folder).to(device), tokenizer
     torch.manual_seed(0)
-    model = build_model(tokenizer, size).to(device)
-    train, held_out = build_problems()
+    model = build_model(tokenizer, size, digits).to(device)
+    train, held_out = build_problems(digits)
     rate = 1e-3 * min(1, 96 / size["hidden"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     draw = random.Random(1)
@@ -133,7 +141,7 @@ def warm_start(
         texts = [row["prompt"] + row["worked"] + "<eos>" for row in rows]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(device)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        labels[:, :PROMPT_LENGTH] = -100
+        labels[:, : prompt_length(digits)] = -100
         loss = model(**batch, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
