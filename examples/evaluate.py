@@ -13,6 +13,12 @@ Avg@n is the mean accuracy of n samples per problem; pass@k the probability that
 unbiased estimator of Chen et al. (2021, arXiv 2107.03374). Intervals are 95 % percentile bootstraps over problems: how
 much the choice of problems matters. Where all problems score alike their width is 0, which says nothing. Models beyond
 the first are also compared with it, problem by problem. With transformers a seed fixes every number on one machine.
+
+What is deployed is the policy as an engine serves it, which is not quite the policy that was trained. With vLLM the
+engine's numbers are set by `--dtype`, `--quantization` and `--kv_cache_dtype`. Without vLLM they are simulated, and
+several formats are compared in one call:
+
+    python examples/evaluate.py runs/single_turn/alp_sequence --served_in exact bf16 int4
 """
 
 import argparse
@@ -28,6 +34,8 @@ import torch
 from tqdm.auto import tqdm
 from train_alp import load_problems, math_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+
+from trl_alp.formats import FORMATS, put_in_format
 
 
 HUB = {  # name: dataset of the hub, configuration, split
@@ -73,10 +81,12 @@ def base_of(model: str) -> str:
     return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else model
 
 
-def transformers_generator(model: str, tokenizer, options, max_length: int) -> Callable:
+def transformers_generator(model: str, tokenizer, options, max_length: int, served_in: str) -> Callable:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if options.dtype == "auto" and device == "cuda" else options.dtype
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
+    if served_in != "exact":
+        policy = put_in_format(policy, served_in)
     ends = policy.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     # Sampling settings that come with the model are not used: `generate` would take each one that is not given below.
@@ -108,7 +118,7 @@ def transformers_generator(model: str, tokenizer, options, max_length: int) -> C
     return generate
 
 
-def vllm_generator(model: str, tokenizer, options, max_length: int) -> Callable:
+def vllm_generator(model: str, tokenizer, options, max_length: int, served_in: str) -> Callable:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -117,7 +127,10 @@ def vllm_generator(model: str, tokenizer, options, max_length: int) -> Callable:
         adapter = LoRARequest("adapter", 1, str(Path(model).resolve()))
         rank = json.loads((Path(model) / "adapter_config.json").read_text())["r"]
         lora = {"enable_lora": True, "max_lora_rank": max(8, 2 ** math.ceil(math.log2(rank)))}
-    engine = LLM(base, dtype=options.dtype, seed=options.seed, max_model_len=max_length, **lora)
+    engine = LLM(
+        base, dtype=options.dtype, quantization=options.quantization, kv_cache_dtype=options.kv_cache_dtype,
+        seed=options.seed, max_model_len=max_length, **lora,
+    )  # fmt: skip
 
     def generate(prompts: list[list[int]]) -> list[list[tuple[str, bool]]]:
         settings = {"n": options.samples, "temperature": options.temperature, "top_p": options.top_p}
@@ -148,22 +161,27 @@ def read(dataset: str, tokenizer, options) -> dict:
     return {"prompts": prompts, "solutions": problems["solution"], "unreadable": readable.count(False)}
 
 
-def evaluate(model: str, options) -> list[dict]:
-    """Counts and scores of one model, for each dataset."""
+def evaluate(model: str, options, served_in: str = "exact") -> list[dict]:
+    """Counts and scores of one model as an engine serves it, for each dataset."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     datasets = {name: read(name, tokenizer, options) for name in options.datasets}
     longest = max(len(prompt) for dataset in datasets.values() for prompt in dataset["prompts"])
     generator = {"transformers": transformers_generator, "vllm": vllm_generator}[options.backend]
-    generate = generator(model, tokenizer, options, longest + options.max_new_tokens)
-    results = []
+    generate = generator(model, tokenizer, options, longest + options.max_new_tokens, served_in)
+    results, name_of_model = [], model if served_in == "exact" else f"{model} in {served_in}"
     for name, dataset in datasets.items():
         completions = generate(dataset["prompts"])
         correct = []
         for samples, solution in zip(tqdm(completions, desc="math-verify"), dataset["solutions"], strict=True):
             correct.append(int(sum(math_reward([text for text, _ in samples], [solution] * len(samples)))))
         ended = [ended for samples in completions for _, ended in samples]
-        result = {"model": model, "dataset": name, "problems": len(correct), "unreadable": dataset["unreadable"]}
+        result = {
+            "model": name_of_model,
+            "dataset": name,
+            "problems": len(correct),
+            "unreadable": dataset["unreadable"],
+        }
         scores = score(correct, options.samples, options.k).items()
         result |= {"metrics": {metric: mean_with_interval(values) for metric, values in scores}}
         result |= {"truncated": 1 - sum(ended) / len(ended), "correct": correct}
@@ -206,6 +224,12 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--max_new_tokens", type=int, default=2048)
     parser.add_argument("--batch_size", type=int, default=16, help="problems at a time, with transformers")
     parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on a GPU with transformers, else the model's")
+    parser.add_argument(
+        "--served_in", nargs="+", default=["exact"], choices=["exact", *FORMATS], metavar="FORMAT",
+        help=f"with transformers: number formats of an engine, simulated; exact, or {', '.join(FORMATS)}",
+    )  # fmt: skip
+    parser.add_argument("--quantization", help="with vLLM: its quantisation, such as fp8 (default: the model's)")
+    parser.add_argument("--kv_cache_dtype", default="auto", help="with vLLM: number format of the cache, such as fp8")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file for the scores and counts")
     parser.add_argument("--save_completions", action="store_true", help="put the completions into that file too")
@@ -217,10 +241,16 @@ def main(arguments: list[str] | None = None) -> dict:
     if not all(1 <= k <= options.samples for k in options.k):
         parser.error(f"--k {options.k} must be between 1 and --samples {options.samples}.")
 
+    if options.backend == "vllm" and options.served_in != ["exact"]:
+        parser.error("--served_in simulates an engine; vLLM is one: use --dtype, --quantization, --kv_cache_dtype.")
+    if options.backend != "vllm" and (options.quantization or options.kv_cache_dtype != "auto"):
+        parser.error("--quantization and --kv_cache_dtype are vLLM's: use --backend vllm, or --served_in.")
+
     by_model = []
     for model in options.models:
-        by_model.append(evaluate(model, options))
-        gc.collect()  # a vLLM engine gives its memory back before the next one asks for it
+        for served_in in options.served_in:
+            by_model.append(evaluate(model, options, served_in))
+            gc.collect()  # a vLLM engine gives its memory back before the next one asks for it
     results = [result for dataset in zip(*by_model, strict=True) for result in dataset]
     first, *others = by_model
     differences = [compare(*pair, options) for other in others for pair in zip(first, other, strict=True)]

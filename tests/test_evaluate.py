@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -195,6 +196,50 @@ def test_a_score_depends_on_no_other_model_or_dataset_of_the_call(script, traine
     assert [(row["dataset"], row["model"]) for row in report["differences"]] == [rows[1], rows[3]]
 
 
+def test_a_policy_is_evaluated_as_an_engine_of_a_number_format_serves_it(script, language_model, problems, tmp_path):
+    from trl_alp.formats import put_in_format
+
+    arguments = ["--datasets", str(problems), *FAST[:-1], "1.0", "--save_completions"]
+    report = script.main([str(language_model), *arguments, "--served_in", "exact", "int3"])
+    exact, served = report["results"]
+    assert (exact["model"], served["model"]) == (str(language_model), f"{language_model} in int3")
+    assert exact["completions"] == script.main([str(language_model), *arguments])["results"][0]["completions"]
+    rounded = put_in_format(AutoModelForCausalLM.from_pretrained(language_model), "int3")
+    rounded.save_pretrained(tmp_path / "rounded")
+    AutoTokenizer.from_pretrained(language_model).save_pretrained(tmp_path / "rounded")
+    expected = script.main([str(tmp_path / "rounded"), *arguments])["results"][0]["completions"]
+    assert served["completions"] == expected != exact["completions"]
+    (difference,) = report["differences"]
+    assert (difference["model"], difference["minus"]) == (served["model"], exact["model"])
+
+
+def test_vllm_serves_with_the_number_formats_that_are_asked_for(script, language_model, problems, monkeypatch):
+    asked = {}
+
+    class Sampled:
+        outputs = [type("Sample", (), {"text": "72", "finish_reason": "stop"})] * 4
+
+    class LLM:
+        def __init__(self, model, **settings):
+            asked.update(settings)
+
+        def generate(self, prompts, sampling, lora_request):
+            return [Sampled] * len(prompts)
+
+    names = {"vllm": {"LLM": LLM, "SamplingParams": dict}, "vllm.lora": {}, "vllm.lora.request": {"LoRARequest": None}}
+    for name, members in names.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: True)
+    settings = ["--dtype", "bfloat16", "--quantization", "fp8", "--kv_cache_dtype", "fp8_e4m3"]
+    script.main([str(language_model), "--datasets", str(problems), *FAST, "--backend", "vllm", *settings])
+    assert (asked["dtype"], asked["quantization"], asked["kv_cache_dtype"]) == ("bfloat16", "fp8", "fp8_e4m3")
+    monkeypatch.setattr(script, "evaluate", None)
+    with pytest.raises(SystemExit):
+        script.main([str(language_model), *FAST, "--backend", "vllm", "--served_in", "int4"])
+
+
 def test_a_lora_adapter_is_evaluated_on_its_base_model(script, trained, problems, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(trained)
     adapter = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
@@ -229,6 +274,9 @@ def test_a_model_without_chat_template_is_asked_in_plain_text(script, language_m
         (["--temperature", "0"], "--temperature 0 would draw --samples 8 equal ones"),
         (["--samples", "4", "--k", "8"], "--k [8] must be between 1 and --samples 4"),
         (["--backend", "vllm"], "--backend vllm needs vLLM"),
+        (["--quantization", "fp8"], "--quantization and --kv_cache_dtype are vLLM's"),
+        (["--kv_cache_dtype", "fp8"], "use --backend vllm, or --served_in"),
+        (["--served_in", "int5"], "invalid choice: 'int5'"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_errors_before_a_model_is_loaded(script, options, said, capsys, monkeypatch):

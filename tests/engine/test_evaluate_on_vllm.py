@@ -78,4 +78,12 @@ def test_a_model_and_an_adapter_on_it_score_on_vllm_as_on_transformers(models, t
         model, adapter = report["results"]
         assert (model["correct"], adapter["correct"]) == ([4, 0, 4], [0, 4, 0]), adapter["completions"]
         assert model["truncated"] == adapter["truncated"] == 0
+    caches = []
+    monkeypatch.setattr(
+        vllm, "LLM", lambda *args, original=vllm.LLM, **kw: caches.append(original(*args, **kw)) or caches[-1]
+    )
+    as_served = ["--backend", "vllm", "--dtype", "bfloat16", "--kv_cache_dtype", "fp8"]
+    (served,) = evaluate.main([str(models[0]), *arguments[2:], *as_served])["results"]
+    assert served["correct"] == [4, 0, 4]
+    assert "fp8" in caches[0].llm_engine.vllm_config.cache_config.cache_dtype
     sys.modules.pop("evaluate")
