@@ -3,7 +3,8 @@
 
 The two dials of off-policy collapse. `numerics` is the training-inference mismatch: `exact`, `bf16`, `int8`, `int6`,
 `int5`, ... (each decoder weight matrix rounded per output channel, symmetrically, as a weight-only quantised engine
-does), `gauss-S` (Gaussian weight noise of S times each matrix's standard deviation, fresh at each sync) or `noise-S`
+does), `int4-32` and the like (a scale for each 32 weights), `fp8` and `nvfp4` (these as in `trl_alp.formats`),
+`gauss-S` (Gaussian weight noise of S times each matrix's standard deviation, fresh at each sync) or `noise-S`
 (layerwise perturbation of S times the hidden RMS while sampling: exploration noise on the behaviour side, as QeRL
 has it); `int3+noise-S` is both. `lag` is staleness on top of the updates per batch of rollouts: the weights are as
 many batches old.
@@ -14,9 +15,13 @@ from collections import deque
 from contextlib import nullcontext
 
 import torch
-from task import sample
+from sampling import sample
 
 from trl_alp import LayerwisePerturbation
+from trl_alp.formats import rounded
+
+
+GROUP = 32
 
 
 def round_weights(model: torch.nn.Module, bits: int) -> None:
@@ -39,6 +44,16 @@ def shake_weights(model: torch.nn.Module, size: float, generator: torch.Generato
                 )
 
 
+def put_in_format(model: torch.nn.Module, number_format: str) -> None:
+    """Round the linear layers of the decoder layers in place, as `trl_alp.formats` does; in fp8 their inputs too."""
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(rounded(module.weight, number_format))
+                if number_format == "fp8":
+                    module.register_forward_pre_hook(lambda _, args: (rounded(args[0], "fp8"), *args[1:]))
+
+
 def parse_numerics(numerics: str) -> list[tuple[str, float]]:
     """`"int3+noise-0.1"` as `[("int3", 0.0), ("noise", 0.1)]`."""
     return [(kind, float(size or 0)) for kind, _, size in (part.partition("-") for part in numerics.split("+"))]
@@ -46,8 +61,9 @@ def parse_numerics(numerics: str) -> list[tuple[str, float]]:
 
 def check_numerics(numerics: str) -> None:
     """Raise a `ValueError` unless a behaviour policy can have these numerics."""
-    for kind, _ in parse_numerics(numerics):
-        if kind not in ("exact", "bf16", "gauss", "noise") and not re.fullmatch(r"int[2-8]", kind):
+    for kind, size in parse_numerics(numerics):
+        known = ("exact", "bf16", "gauss", "noise", "fp8", "nvfp4")
+        if kind not in known and not re.fullmatch(r"int[348]" if size == GROUP else r"int[2-8]", kind):
             raise ValueError(f"numerics={kind!r} is unknown; see benchmarks/lab/behaviour.py.")
 
 
@@ -63,10 +79,16 @@ def load_as(
 ) -> None:
     """Load `weights` into `copy` as an engine of that number format holds them; `gauss` draws from `generator`."""
     check_numerics(numerics)
-    copy.float().load_state_dict(weights)
+    for module in copy.float().modules():
+        if isinstance(module, torch.nn.Linear):
+            module._forward_pre_hooks.clear()  # those of fp8
+    copy.load_state_dict(weights)
     for kind, size in parse_numerics(numerics):
         if kind == "bf16":
-            copy.bfloat16()
+            for parameter in copy.parameters():  # `copy.bfloat16()` would round the rotary frequencies too, for good
+                parameter.data = parameter.data.bfloat16()
+        elif kind in ("fp8", "nvfp4") or size == GROUP:
+            put_in_format(copy, kind)
         elif kind.startswith("int"):
             round_weights(copy, int(kind.removeprefix("int")))
         elif kind == "gauss":
@@ -105,10 +127,13 @@ class Behaviour:
 
     def __call__(self, prompts: list[str], trainer) -> dict[str, list]:
         self.sync(trainer.model)
-        prompt_ids = trainer.processing_class(prompts)["input_ids"]
-        eos = trainer.processing_class.eos_token_id
+        tokenizer, limit = trainer.processing_class, trainer.args.max_completion_length
+        prompt_ids = tokenizer(prompts)["input_ids"]
+        padded = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
         noise = nullcontext() if self.perturbation is None else self.perturbation.applied(seed=0)
         # On a GPU the policy is trained under autocast; without it here that would be a mismatch of its own.
         with noise, torch.autocast("cuda", torch.bfloat16, enabled=self.generator.device.type == "cuda"):
-            ids, logprobs = sample(self.copy, torch.tensor(prompt_ids), eos, self.generator)
+            ids, logprobs = sample(
+                self.copy, padded["input_ids"], tokenizer.eos_token_id, self.generator, limit, padded["attention_mask"]
+            )
         return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": logprobs}

@@ -9,7 +9,7 @@ import statistics
 
 import torch
 from behaviour import blank_copy, load_as
-from task import sample
+from sampling import sample
 
 from trl_alp import LayerwisePerturbation
 
@@ -19,25 +19,28 @@ DRAWS = 4
 FORMATS = ("int4", "int3")
 
 
-def scorer(tokenizer, problems: list[dict], policy: torch.nn.Module):
+def scorer(tokenizer, problems: list[dict], policy: torch.nn.Module, limit: int):
     """A function of a model that gives the log-probs of completions which `policy` samples, and their mask."""
-    prompts = tokenizer([problem["prompt"] for problem in problems], return_tensors="pt")["input_ids"]
-    prompts = prompts.to(policy.device)
+    prompts = [problem["prompt"] for problem in problems]
+    prompts = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(policy.device)
+    prompts, prompt_mask = prompts["input_ids"], prompts["attention_mask"]
     generator = torch.Generator(policy.device).manual_seed(0)
-    ids, _ = sample(policy, prompts, tokenizer.eos_token_id, generator)
+    ids, _ = sample(policy, prompts, tokenizer.eos_token_id, generator, limit, prompt_mask)
     padded = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt").to(policy.device)
     completions, mask = padded["input_ids"], padded["attention_mask"].bool()  # (B, T)
-    inputs = torch.cat([prompts, completions], 1)
+    inputs, whole = torch.cat([prompts, completions], 1), torch.cat([prompt_mask, padded["attention_mask"]], 1)
+    positions = (whole.cumsum(-1) - 1).clamp(min=0)
 
     def score(model: torch.nn.Module) -> torch.Tensor:
-        logits = model(inputs).logits[:, prompts.size(1) - 1 : -1].float()
+        logits = model(inputs, attention_mask=whole, position_ids=positions).logits
+        logits = logits[:, prompts.size(1) - 1 : -1].float()
         return logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0]
 
     return score, mask
 
 
 @torch.no_grad()
-def flatness(policy: torch.nn.Module, tokenizer, problems: list[dict]) -> dict[str, list[float]]:
+def flatness(policy: torch.nn.Module, tokenizer, problems: list[dict], limit: int) -> dict[str, list[float]]:
     """
     Mean k3 of the undisturbed policy against the disturbed one, and its standard error over completions.
 
@@ -47,7 +50,7 @@ def flatness(policy: torch.nn.Module, tokenizer, problems: list[dict]) -> dict[s
     """
     copy = blank_copy(policy)
     load_as("exact", copy, policy.state_dict())
-    score, mask = scorer(tokenizer, problems, copy)
+    score, mask = scorer(tokenizer, problems, copy, limit)
     before = score(copy)
 
     def k3(after: torch.Tensor) -> torch.Tensor:

@@ -31,19 +31,20 @@ from engine import FORMATS, colocated, set_environment
 if find_spec("vllm"):
     set_environment()
 
+import gsm8k
+import task as addition
 import torch
 import transformers
 import yaml
 from arms import ARMS, build_trainer
 from behaviour import Behaviour, blank_copy, check_numerics, load_as
 from datasets import Dataset
-from filelock import FileLock
 from flatness import flatness
-from task import accuracy, build_problems, is_correct, max_completion_length, warm_start
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 
+TASKS = {"addition": addition, "gsm8k": gsm8k}
 # What a run is made of, and where it starts; a YAML file changes what it names.
 DEFAULTS = {
     "arm": "alp_token",
@@ -51,6 +52,7 @@ DEFAULTS = {
     "place": None,
     "numerics": "int5",
     "lag": 0,
+    "task": "addition",
     "digits": 3,
     "updates_per_rollout": 8,  # the rollouts are as many mini-batches, so that no dial changes the batch of an update
     "mini_batch": 32,  # completions
@@ -63,51 +65,45 @@ DEFAULTS = {
     "size": {"hidden": 96, "layers": 4, "heads": 3},
     "start_accuracy": 0.4,
     "device": "cpu",  # "cuda": bf16 autocast over fp32 weights
+    "max_completion_length": None,  # the task's
+    # Of `gsm8k`: where its files are, from the root of the clone, and what of its preparation is changed.
+    "data": "../shared/data/gsm8k",
+    "prepare": {},
 }
 # Of the log, what the report reads.
 KEPT = ("step", "reward", "grad_norm", "entropy", "completions/mean_length")
 
 
-# What a trained policy may be served in.
-SERVED_IN = ("exact", "bf16", "int8", "int6", "int5", "int4", "int3")
-
-
 class Evaluation(TrainerCallback):
     """Accuracy without noise, as trained and as served, at the start, every so many updates, and at the end."""
 
-    def __init__(self, policy, tokenizer, problems: list[dict], every: int, updates: int, numerics: str):
-        self.policy, self.tokenizer, self.problems = policy, tokenizer, problems
-        self.every, self.updates = every, updates
+    def __init__(self, policy, tokenizer, problems: list[dict], settings: dict):
+        self.policy, self.tokenizer, self.problems, self.settings = policy, tokenizer, problems, settings
+        self.task = TASKS[settings["task"]]
         # A rounded copy of the latest weights: whatever lags, shakes or has noise while sampling is not served.
-        self.numerics = numerics if numerics in SERVED_IN else "exact"
+        self.numerics = settings["numerics"] if settings["numerics"] in self.task.SERVED_IN else "exact"
         self.copy = blank_copy(policy)
         self.accuracy: list[tuple[int, float]] = []
         self.served: list[tuple[int, float]] = []
 
     def measure(self, step: int) -> None:
-        self.accuracy.append((step, accuracy(self.policy, self.tokenizer, self.problems)))
+        self.accuracy.append((step, self._of(self.policy)))
         served = self.accuracy[-1][1] if self.numerics == "exact" else self.in_format(self.numerics)
         self.served.append((step, served))
 
     def in_format(self, numerics: str) -> float:
         load_as(numerics, self.copy, self.policy.state_dict())
-        return accuracy(self.copy, self.tokenizer, self.problems)
+        return self._of(self.copy)
+
+    def _of(self, model: torch.nn.Module) -> float:
+        return self.task.accuracy(model, self.tokenizer, self.problems, self.settings)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.measure(0)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every == 0 or state.global_step == self.updates:
+        if state.global_step % self.settings["eval_every"] == 0 or state.global_step == self.settings["updates"]:
             self.measure(state.global_step)
-
-
-def started(settings: dict, cache: Path):
-    """The warm-started model of a run of `settings`, and its tokenizer; made once and cached."""
-    size, target, digits = settings["size"], settings["start_accuracy"], settings["digits"]
-    name = f"warm-{size['hidden']}x{size['layers']}-{target}" + (f"-{digits}digits" if digits != 3 else "")
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{name}.lock"):  # the first of several processes makes it
-        return warm_start(cache / name, size, target, settings["device"], digits)
 
 
 def run(settings: dict, cache: Path) -> dict:
@@ -117,17 +113,15 @@ def run(settings: dict, cache: Path) -> dict:
     settings = DEFAULTS | settings
     if settings["arm"] not in ARMS:
         raise ValueError(f"arm={settings['arm']!r} is unknown; the arms are {', '.join(ARMS)}.")
+    if settings["task"] not in TASKS:
+        raise ValueError(f"task={settings['task']!r} is unknown; the tasks are {', '.join(TASKS)}.")
     if settings["numerics"] not in FORMATS:
         check_numerics(settings["numerics"])
     start = time.perf_counter()
-    train, held_out = build_problems(settings["digits"])
-    device = settings["device"]
-    policy, tokenizer = started(settings, cache)
+    task, device = TASKS[settings["task"]], settings["device"]
+    policy, tokenizer, train, held_out = task.start(settings, cache)
     set_seed(settings["seed"])
-    evaluation = Evaluation(
-        policy, tokenizer, held_out[: settings["eval_problems"]], settings["eval_every"], settings["updates"],
-        settings["numerics"],
-    )  # fmt: skip
+    evaluation = Evaluation(policy, tokenizer, held_out[: settings["eval_problems"]], settings)
     with TemporaryDirectory() as folder, TemporaryDirectory() as served:
         if settings["numerics"] in FORMATS:
             engine, rollout = colocated(settings["numerics"], policy, tokenizer, Path(served)), None
@@ -141,7 +135,7 @@ def run(settings: dict, cache: Path) -> dict:
             "per_device_train_batch_size": settings["mini_batch"],
             "steps_per_generation": settings["updates_per_rollout"],
             "num_generations": settings["num_generations"],
-            "max_completion_length": max_completion_length(settings["digits"]),
+            "max_completion_length": task.longest(settings),
             "max_steps": settings["updates"],
             "learning_rate": settings["learning_rate"],
             "lr_scheduler_type": "constant",
@@ -162,7 +156,7 @@ def run(settings: dict, cache: Path) -> dict:
                 common | fields,
                 settings["place"],
                 model=policy,
-                reward_funcs=is_correct,
+                reward_funcs=task.is_correct,
                 train_dataset=Dataset.from_list(train),
                 processing_class=tokenizer,
                 rollout_func=rollout,
@@ -180,8 +174,8 @@ def run(settings: dict, cache: Path) -> dict:
         "settings": settings,
         "accuracy": evaluation.accuracy,
         "served": evaluation.served,
-        "formats": {numerics: evaluation.in_format(numerics) for numerics in SERVED_IN},
-        "flatness": flatness(policy, tokenizer, evaluation.problems[:200]),
+        "formats": {numerics: evaluation.in_format(numerics) for numerics in task.SERVED_IN},
+        "flatness": flatness(policy, tokenizer, evaluation.problems[:200], task.longest(settings)),
         "log": log,
         "seconds": time.perf_counter() - start,
     }

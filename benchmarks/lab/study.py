@@ -6,7 +6,8 @@ The study: many runs of the lab, resumable, in parallel.
     python benchmarks/lab/study.py --stages tune grid    # some stages
     python benchmarks/lab/study.py --quick               # under ten minutes on 2 cores: the edge, every arm, one seed
     .venv-vllm/bin/python benchmarks/lab/study.py --stages engine    # vLLM as the behaviour policy
-    python benchmarks/lab/study.py --stages gpu --jobs 4 --hours 0.1 --folder $OUT --results $OUT    # on one GPU
+    python benchmarks/lab/study.py --stages gpu gpu_matched --jobs 4 --hours 0.1 --results $OUT    # on one GPU
+    python benchmarks/lab/study.py --stages real --jobs 2    # a GPU and a day; `real.sh`: in pieces of 8 minutes
     python benchmarks/lab/figures.py                     # tables and figures of docs/results.md from the results
 
 Each run is a YAML file in `runs/lab/STAGE/` and leaves its log beside it (`run.py`). What is finished is summed up in
@@ -301,6 +302,55 @@ def gpu() -> Runs:
         yield f"{arm}-s{seed}", arm_settings(arm, clip, rate / 4) | POINTS["mismatch_edge"] | larger | {"seed": seed}
 
 
+def gpu_matched() -> Runs:
+    """`gpu`'s model with all arms at one rate, at 3 bits and, with answers four times as long, at 4 bits.
+
+    Decided before any of these runs was made: the pairs and yardsticks of `fitted`, `front` and `length`.
+    """
+    larger = {"size": {"hidden": 512, "layers": 8, "heads": 8}, "device": "cuda"}
+    points = {
+        "3digits": POINTS["mismatch_beyond"],
+        "12digits": POINTS["mismatch_edge"] | {"digits": 12, "updates": 240},
+    }
+    rate = RATES[0] / 4
+    arms = {
+        "bypass_sequence": arm_settings("bypass_sequence", "wide", rate),
+        "alp_sequence-fitted": arm_settings("alp_sequence", "wide", rate, alp_noise_target=1.0),
+        "alp_sequence-0.1": arm_settings("alp_sequence", "wide", rate, alp_sigma_init=STRONG_SIGMA),
+        "bypass_token": arm_settings("bypass_token", "wide", rate),
+        "alp_token-fitted": arm_settings("alp_token", "wide", rate, alp_noise_target=1.0),
+        "mis": arm_settings("mis", "narrow", rate),
+        "grpo": arm_settings("grpo", "narrow", rate),
+    }
+    for seed, (where, point), (label, settings) in itertools.product(SEEDS[:3], points.items(), arms.items()):
+        yield f"{where}-{label}-s{seed}", settings | point | larger | {"seed": seed}
+
+
+def real() -> Runs:
+    """SmolLM2-135M-Instruct on GSM8K (`gsm8k.py` has the preparation), on one GPU; the first rows come first.
+
+    Decided before any of these runs was made: the pairs are fitted noise against none and against 0.01 at each level
+    and engine, and Bypass and ALP against MIS and GRPO, on both yardsticks, at one rate.
+    """
+    rate = 5e-6
+    arms: dict[str, dict] = {
+        "bypass_sequence": arm_settings("bypass_sequence", "wide", rate),
+        "alp_sequence-fitted": arm_settings("alp_sequence", "wide", rate, alp_noise_target=1.0),
+        "mis": arm_settings("mis", "narrow", rate),
+        "grpo": arm_settings("grpo", "narrow", rate),
+        "alp_sequence-0.01": arm_settings("alp_sequence", "wide", rate, alp_sigma_init=DEFAULT_SIGMA),
+        "bypass_token": arm_settings("bypass_token", "wide", rate),
+        "alp_token-fitted": arm_settings("alp_token", "wide", rate, alp_noise_target=1.0),
+        "alp_token-0.01": arm_settings("alp_token", "wide", rate, alp_sigma_init=DEFAULT_SIGMA),
+        "alp_token-0.1": arm_settings("alp_token", "wide", rate, alp_sigma_init=STRONG_SIGMA),
+        "gspo": {"arm": "gspo", "learning_rate": rate, "overrides": {"epsilon": 3e-4, "epsilon_high": 4e-4}},
+    }
+    shared = {"task": "gsm8k", "device": "cuda", "updates_per_rollout": 8, "mini_batch": 64, "updates": 120}
+    shared |= {"eval_every": 40, "eval_problems": 512}
+    for seed, numerics, (label, settings) in itertools.product(SEEDS[:3], ("int4-32", "bf16", "fp8"), arms.items()):
+        yield f"{numerics}-{label}-s{seed}", settings | shared | {"numerics": numerics, "seed": seed}
+
+
 def engine() -> Runs:
     """vLLM itself as the behaviour policy, in three number formats (needs the environment of `make test-vllm`)."""
     formats, arms = ("vllm-fp32", "vllm-bf16", "vllm-bf16-fp8kv"), ("grpo", "tis", "bypass_token", "alp_token")
@@ -315,7 +365,7 @@ STAGES = {
     for stage in (disease, tune, grid, matched, strong, ablation, fitted, confirm, front, length, sceptic)
 }
 # With needs of their own, so to be asked for by name.
-FURTHER_STAGES = {"engine": engine, "gpu": gpu}
+FURTHER_STAGES = {"engine": engine, "gpu": gpu, "gpu_matched": gpu_matched, "real": real}
 
 
 # ---- Results ----
@@ -400,15 +450,13 @@ def start_file(digits: int) -> str:
 def start(folder: Path, results: Path, digits: int = 3) -> None:
     """Accuracy of the warm-started model in every number format, to a file in `results`."""
     sys.path.insert(0, str(Path(__file__).parent))
-    from run import DEFAULTS, SERVED_IN, Evaluation, started
-    from task import build_problems
+    import task
+    from run import DEFAULTS, Evaluation
 
     settings = DEFAULTS | {"digits": digits}
-    policy, tokenizer = started(settings, folder)
-    evaluation = Evaluation(
-        policy, tokenizer, build_problems(digits)[1][: settings["eval_problems"]], 1, 1, "exact"
-    )  # fmt: skip
-    formats = {name: evaluation.in_format(name) for name in SERVED_IN}
+    policy, tokenizer, _, problems = task.start(settings, folder)
+    evaluation = Evaluation(policy, tokenizer, problems[: settings["eval_problems"]], settings)
+    formats = {name: evaluation.in_format(name) for name in task.SERVED_IN}
     (results / start_file(digits)).write_text(json.dumps(formats) + "\n")
 
 

@@ -13,8 +13,14 @@ import random
 from pathlib import Path
 
 import torch
+from filelock import FileLock
+from sampling import sample
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+
+# What a trained policy may be served in.
+SERVED_IN = ("exact", "bf16", "int8", "int6", "int5", "int4", "int3")
 
 
 def prompt_length(digits: int) -> int:
@@ -79,44 +85,14 @@ def is_correct(completions: list[str], answer: list[str], **kwargs) -> list[floa
 
 
 @torch.no_grad()
-def sample(
-    model, prompt_ids: torch.Tensor, eos: int, generator: torch.Generator
-) -> tuple[list[list[int]], list[list[float]]]:
-    """
-    Sample completions at temperature 1, and the log-probs that the model sampled them with.
-
-    Args:
-        model: A causal language model, in any number format.
-        prompt_ids (`torch.Tensor` of shape `(B, P)`): Prompts without padding.
-        eos (`int`): Id of the token that ends a completion.
-        generator (`torch.Generator`): Source of all randomness, on the model's device.
-
-    Returns:
-        Completion ids, the end of sequence included, and their log-probs in nats, for each prompt.
-    """
-    cache, tokens, logprobs = DynamicCache(config=model.config), [], []
-    step, limit = prompt_ids.to(generator.device), max_completion_length(prompt_ids.size(1) // 2 - 1)
-    finished = torch.zeros_like(step[:, 0], dtype=torch.bool)
-    while len(tokens) < limit and not finished.all():
-        logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        scores = logits.log_softmax(-1)  # (B, V)
-        step = scores.exp().multinomial(1, generator=generator)
-        tokens.append(step)
-        logprobs.append(scores.gather(-1, step))
-        finished |= step[:, 0] == eos
-    ids, logprobs = torch.cat(tokens, 1).tolist(), torch.cat(logprobs, 1).tolist()
-    lengths = [row.index(eos) + 1 if eos in row else len(row) for row in ids]
-    ids, logprobs = ([row[:n] for row, n in zip(rows, lengths, strict=True)] for rows in (ids, logprobs))
-    return ids, logprobs
-
-
-def accuracy(model, tokenizer, problems: list[dict]) -> float:
+def accuracy(model, tokenizer, problems: list[dict], settings: dict | None = None) -> float:
     """Share of problems answered correctly by one completion each."""
     was_training = model.training
     model.eval()
     prompt_ids = tokenizer([problem["prompt"] for problem in problems], return_tensors="pt")["input_ids"]
     generator = torch.Generator(model.device).manual_seed(0)
-    ids, _ = sample(model, prompt_ids, tokenizer.eos_token_id, generator)
+    limit = max_completion_length(prompt_ids.size(1) // 2 - 1)
+    ids, _ = sample(model, prompt_ids, tokenizer.eos_token_id, generator, limit)
     model.train(was_training)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return sum(is_correct(texts, [problem["answer"] for problem in problems])) / len(problems)
@@ -151,3 +127,21 @@ def warm_start(
             model.save_pretrained(folder)
             return model, tokenizer
     raise RuntimeError(f"The warm start did not reach an accuracy of {target} in 4000 steps.")
+
+
+# ---- What a run asks of its task ----
+
+
+def start(settings: dict, cache: Path) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast, list[dict], list[dict]]:
+    """The model that the run starts from, its tokenizer, the problems to train on, and those held out."""
+    size, target, digits = settings["size"], settings["start_accuracy"], settings["digits"]
+    name = f"warm-{size['hidden']}x{size['layers']}-{target}" + (f"-{digits}digits" if digits != 3 else "")
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{name}.lock"):  # the first of several processes makes it
+        policy, tokenizer = warm_start(cache / name, size, target, settings["device"], digits)
+    return policy, tokenizer, *build_problems(digits)
+
+
+def longest(settings: dict) -> int:
+    """Tokens of the longest completion."""
+    return settings["max_completion_length"] or max_completion_length(settings["digits"])
