@@ -125,7 +125,7 @@ def compare_with_one_process(rank, version, path):
 
 
 # Through accelerate a run on a CPU silently becomes DDP, so the model is sharded here by hand.
-@pytest.mark.parametrize("version", ["FSDP1", "FSDP2"])
+@pytest.mark.parametrize("version", [pytest.param("FSDP1", marks=pytest.mark.slow), "FSDP2"])
 def test_loss_and_sigma_gradient_under_fsdp_are_those_of_one_process(tmp_path, version):
     torch.multiprocessing.spawn(compare_with_one_process, args=(version, tmp_path / "rendezvous"), nprocs=2)
 

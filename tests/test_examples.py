@@ -34,6 +34,7 @@ def load(script):
     return module
 
 
+@pytest.mark.slow
 def test_quickstart_runs_twice_and_leaves_model_log_and_figure(tmp_path):
     tiny_size = ["--hidden_size", 16, "--warm_start_steps", 3, "--rollout_batches", 1]
     for _ in range(2):

@@ -340,7 +340,7 @@ def test_two_perturbations_do_not_disturb_each_other():
 # ---- Finding the layers ----
 
 
-@pytest.mark.parametrize("wrapper", ["peft", "ddp", "compile", "peft_compile"])
+@pytest.mark.parametrize("wrapper", ["peft", "ddp", "compile", pytest.param("peft_compile", marks=pytest.mark.slow)])
 def test_layers_are_found_and_perturbed_through_wrappers(wrapper):
     model = tiny.model()
     layers = find_decoder_layers(model)

@@ -306,6 +306,7 @@ def test_a_directory_without_a_log_is_an_error_that_names_it_and_a_note_beside_o
     assert "left out: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fifty_runs_are_drawn_and_stay_a_page(tmp_path):
     paths = [
         fabricate(tmp_path / f"run{i:02d}", only(log(20 + i, seed=i), "reward", "alp/token/log_ratio", "alp/sigma"))
@@ -520,6 +521,7 @@ def test_integers_of_hundreds_of_digits_and_parquet_of_other_types_do_not_end_it
     assert "alp/config.json cannot be read" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the memory")
 def test_ten_thousand_steps_of_many_columns_stay_small(tmp_path):
     """In a process of its own, since memory is that of the whole process."""
