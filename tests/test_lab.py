@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
@@ -23,10 +24,14 @@ import behaviour  # noqa: E402
 import figures  # noqa: E402
 import flatness  # noqa: E402
 import gsm8k  # noqa: E402
+import readings  # noqa: E402
+import results  # noqa: E402
 import run  # noqa: E402
 import sampling  # noqa: E402
+import stages  # noqa: E402
 import study  # noqa: E402
 import survival  # noqa: E402
+import tables  # noqa: E402
 import task  # noqa: E402
 
 
@@ -369,19 +374,19 @@ def test_the_final_state_is_perturbed_alone_where_a_run_asks_for_it(cache):
 
 @pytest.mark.slow
 def test_a_study_resumes_sums_up_and_begins_no_run_after_its_time(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     (tmp_path / "warm-32x2-0.0").symlink_to(cache / "warm-32x2-0.0")
     runs = [(f"a-s{seed}", TINY | {"seed": seed}) for seed in range(3)]
-    study.carry_out("toy", iter(runs[:1]), tmp_path, 1, math.inf, study.RESULTS)
-    first = study.finished("toy")["a-s0"]
+    study.carry_out("toy", iter(runs[:1]), tmp_path, 1, math.inf, results.RESULTS)
+    first = results.finished("toy")["a-s0"]
     assert yaml.safe_load((tmp_path / "toy" / "a-s0.yaml").read_text())["seed"] == 0
     log = json.loads((tmp_path / "toy" / "a-s0.json").read_text())["log"]
     grad_norms = [row["grad_norm"] for row in log]
     assert first["curves"]["grad_norm"] == [pytest.approx([statistics.mean(grad_norms), max(grad_norms)], rel=1e-3)]
     # What is summed up is not repeated, also where the log itself is gone.
     (tmp_path / "toy" / "a-s0.json").unlink()
-    study.carry_out("toy", iter(runs), tmp_path, 1, 0.0, study.RESULTS)
-    assert set(study.finished("toy")) == {"a-s0", "a-s1"}
+    study.carry_out("toy", iter(runs), tmp_path, 1, 0.0, results.RESULTS)
+    assert set(results.finished("toy")) == {"a-s0", "a-s1"}
     assert not (tmp_path / "toy" / "a-s0.json").exists()
 
 
@@ -403,19 +408,19 @@ def test_the_served_policy_is_a_rounded_copy_of_the_trained_one(policy):
     assert all(torch.equal(value, weights[name]) for name, value in evaluation.copy.state_dict().items())
 
 
-@pytest.mark.parametrize("stage", [*study.STAGES, *study.FURTHER_STAGES, "quick"])
+@pytest.mark.parametrize("stage", [*stages.STAGES, *stages.FURTHER_STAGES, "quick"])
 def test_every_run_of_a_stage_has_a_name_of_its_own_and_settings_that_a_run_knows(stage):
-    runs = list((study.STAGES | study.FURTHER_STAGES | {"quick": study.quick})[stage]())
+    runs = list((stages.STAGES | stages.FURTHER_STAGES | {"quick": stages.quick})[stage]())
     assert len({name for name, _ in runs}) == len({json.dumps(settings) for _, settings in runs}) == len(runs) >= 8
     assert {key for _, settings in runs for key in settings} <= run.DEFAULTS.keys()
     assert {settings["arm"] for _, settings in runs} <= arms.ARMS.keys()
-    assert study.finished(stage).keys() <= {name for name, _ in runs}
+    assert results.finished(stage).keys() <= {name for name, _ in runs}
 
 
-@pytest.mark.parametrize("stage", [*study.STAGES, *study.FURTHER_STAGES])
+@pytest.mark.parametrize("stage", [*stages.STAGES, *stages.FURTHER_STAGES])
 def test_what_was_measured_is_what_the_study_would_run(stage):
-    done = study.finished(stage)
-    for name, settings in (study.STAGES | study.FURTHER_STAGES)[stage]():
+    done = results.finished(stage)
+    for name, settings in (stages.STAGES | stages.FURTHER_STAGES)[stage]():
         if name in done:
             asked = run.DEFAULTS | settings
             assert asked | done[name]["settings"] == asked, name
@@ -433,8 +438,8 @@ def test_every_kind_of_arm_of_the_real_stage_makes_two_updates_of_a_real_model(t
         (data / f"{split}.jsonl").write_text((LAB.parents[1] / "tests/data/gsm8k/train.jsonl").read_text())
     small = {"device": "cpu", "data": str(data), "prepare": {"steps": 2, "batch": 2}, "max_completion_length": 8}
     small |= {"mini_batch": 4, "num_generations": 2, "updates_per_rollout": 2, "updates": 2, "eval_every": 2}
-    small |= {"eval_problems": 1}
-    stage = dict(study.real())
+    small |= {"eval_problems": 2}
+    stage = dict(stages.real())
     for name in ("int4-32-alp_sequence-fitted-s0", "fp8-mis-s0"):
         result = run.run(stage[name] | small, tmp_path)
         assert len(result["log"]) == 2 and all(row["grad_norm"] > 0 for row in result["log"]), name
@@ -472,29 +477,40 @@ def test_a_run_of_its_own_yaml_file_does_not_repeat_itself(cache, tmp_path, monk
     assert "is there already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("runs", figures.T)
+@pytest.mark.parametrize("runs", readings.T)
 def test_an_interval_covers_the_mean_as_often_as_it_says_and_a_bootstrap_would_not(runs):
     torch.manual_seed(0)
     draws = torch.randn(2000, runs)
-    intervals = torch.tensor([figures.interval(values.tolist()) for values in draws])
+    intervals = torch.tensor([readings.interval(values.tolist()) for values in draws])
     assert 0.94 <= ((intervals[:, 0] <= 0) & (intervals[:, 1] >= 0)).float().mean() <= 0.96
     resampled = draws[:, torch.randint(runs, (2000, runs))].mean(-1)  # (draws, 2000)
     low, high = resampled.quantile(torch.tensor([0.025, 0.975]), dim=1)
     assert ((low <= 0) & (high >= 0)).float().mean() < 0.92
 
 
-def test_the_figures_of_the_results_page_are_drawn_from_the_committed_results(tmp_path, monkeypatch):
-    shown = re.findall(r"\(assets/(lab_\w+\.png)\)", figures.PAGE.read_text())
-    (tmp_path / "results.md").write_text(figures.PAGE.read_text())
-    monkeypatch.setattr(figures, "PAGE", tmp_path / "results.md")
+def test_the_figures_of_the_results_are_drawn_from_the_committed_runs(tmp_path, monkeypatch):
+    pages = [figures.PAGE, figures.PAGE.with_name("results.md")]
+    shown = {name for page in pages for name in re.findall(r"\(assets/(lab_\w+\.png)\)", page.read_text())}
+    (tmp_path / "results_tables.md").write_text(figures.PAGE.read_text())
+    monkeypatch.setattr(figures, "PAGE", tmp_path / "results_tables.md")
     monkeypatch.setattr(figures, "ASSETS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["figures.py"])
     figures.main()
-    assert len(shown) >= 3
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in shown)
+    assert len(shown) >= 8
+    assert {path.name for path in tmp_path.glob("*.png")} == shown
+    for name in shown:
+        assert (tmp_path / name).stat().st_size > 10_000
+        width = plt.imread(tmp_path / name).shape[1]
+        assert width == 900 or name not in pages[1].read_text(), name
 
 
-def test_the_tables_of_the_results_page_are_those_of_the_committed_results():
+def test_the_tables_are_those_of_the_committed_runs_and_have_at_most_eight_columns():
     text = figures.PAGE.read_text()
     assert figures.with_tables(text) == text
-    assert "<!-- table: " in text
+    assert {table.__name__ for table in tables.TABLES} == set(re.findall(r"<!-- table: (\w+) -->", text))
+    assert {line.count("|") - 1 for line in text.splitlines() if line.startswith("| ---")} <= set(range(3, 9))
+
+
+def test_the_page_of_results_can_be_finished_in_one_sitting():
+    text = figures.PAGE.with_name("results.md").read_text()
+    assert len(text.split()) <= 1500 and "<!-- table" not in text

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from behaviour import Behaviour
-from study import RESULTS
+from results import RESULTS
 from task import build_problems, prompt_length, warm_start
 
 from trl_alp import LayerwisePerturbation
