@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
-"""
+r"""
 Evaluate one or several checkpoints on math problems: Avg@n and pass@k with confidence intervals, on any machine.
 
     python examples/evaluate.py Qwen/Qwen2.5-Math-1.5B runs/single_turn/alp_sequence \
@@ -31,8 +31,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from problems import check_name, load_problems, math_reward
 from tqdm.auto import tqdm
-from train_alp import load_problems, math_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
 from trl_alp.formats import FORMATS, put_in_format
@@ -210,6 +210,27 @@ def table(rows: list[dict], sign: str = "") -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+def check_model(model: str) -> None:
+    """Raise an error for a folder that holds no model; one of the hub is looked up by its tokenizer."""
+    check_name("models", model)
+    if Path(model).is_dir() and not any((Path(model) / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
+        raise ValueError(f"{model} holds neither a model nor a LoRA adapter. Give a folder that does.")
+
+
+def write(options, results: list[dict], differences: list[dict]) -> dict:
+    """The report, also in the file if one is asked for; called whenever a model is done, so that none is lost."""
+    if not options.save_completions:
+        results = [{key: value for key, value in row.items() if key != "completions"} for row in results]
+    report = {
+        "settings": vars(options) | {"output": str(options.output)},
+        "results": results,
+        "differences": differences,
+    }
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=1))
+    return report
+
+
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="names of the hub, or folders with a model or a LoRA adapter")
@@ -217,7 +238,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--split", default="test", help="split of datasets other than the four (default: test)")
     parser.add_argument("--limit", type=int, help="use only the first so many problems")
     parser.add_argument("--samples", type=int, default=8, help="completions per problem: the n of Avg@n (default: 8)")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 8], help="the k of pass@k (default: 1 8)")
+    parser.add_argument("--k", type=int, nargs="+", help="the k of pass@k (default: 1, and 8 if --samples allows it)")
     parser.add_argument("--backend", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 for greedy, with --samples 1 --k 1")
     parser.add_argument("--top_p", type=float, default=1.0)
@@ -234,6 +255,14 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--output", type=Path, help="JSON file for the scores and counts")
     parser.add_argument("--save_completions", action="store_true", help="put the completions into that file too")
     options = parser.parse_args(arguments)
+    for name in ("limit", "samples", "max_new_tokens", "batch_size"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} {value} must be at least 1.")
+    if options.temperature < 0:
+        parser.error(f"--temperature {options.temperature:g} must be 0 (greedy) or above.")
+    if not 0 < options.top_p <= 1:
+        parser.error(f"--top_p {options.top_p:g} must be above 0 and at most 1.")
+    options.k = options.k or [k for k in (1, 8) if k <= options.samples]
     if options.temperature == 0 and options.samples > 1:
         parser.error(f"--temperature 0 would draw --samples {options.samples} equal ones. Use --samples 1 --k 1.")
     if options.backend == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -246,10 +275,25 @@ def main(arguments: list[str] | None = None) -> dict:
     if options.backend != "vllm" and (options.quantization or options.kv_cache_dtype != "auto"):
         parser.error("--quantization and --kv_cache_dtype are vLLM's: use --backend vllm, or --served_in.")
 
+    try:
+        for model in options.models:
+            check_model(model)
+        for name in options.datasets:
+            check_name("--datasets", name)
+        for tokenizer in map(AutoTokenizer.from_pretrained, options.models):
+            for name in options.datasets:
+                read(name, tokenizer, options)
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.touch()
+    except (OSError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
+
     by_model = []
     for model in options.models:
         for served_in in options.served_in:
             by_model.append(evaluate(model, options, served_in))
+            write(options, [result for results in by_model for result in results], [])
             gc.collect()  # a vLLM engine gives its memory back before the next one asks for it
     results = [result for dataset in zip(*by_model, strict=True) for result in dataset]
     first, *others = by_model
@@ -259,17 +303,7 @@ def main(arguments: list[str] | None = None) -> dict:
         print(f"\nDifference to the first model, paired by problem\n\n{table(differences, sign='+')}")
     if unreadable := {row["dataset"]: row["unreadable"] for row in results if row["unreadable"]}:
         print(f"\nLeft out, since math-verify cannot read their solution: {unreadable}")
-    if not options.save_completions:
-        results = [{key: value for key, value in row.items() if key != "completions"} for row in results]
-    report = {
-        "settings": vars(options) | {"output": str(options.output)},
-        "results": results,
-        "differences": differences,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1))
-    return report
+    return write(options, results, differences)
 
 
 if __name__ == "__main__":

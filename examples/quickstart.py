@@ -137,6 +137,11 @@ def main() -> None:
     parser.add_argument("--warm_start_steps", type=int, default=360)
     parser.add_argument("--rollout_batches", type=int, default=50)
     options = parser.parse_args()
+    if options.hidden_size < 8 or options.hidden_size % 8:
+        parser.error(f"--hidden_size {options.hidden_size} must be a multiple of 8: four heads of an even size each.")
+    for name in ("warm_start_steps", "rollout_batches"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)} must be at least 1.")
 
     set_seed(0)
     train, held_out = build_problems()
@@ -177,7 +182,12 @@ def main() -> None:
         callbacks=[ConsoleCallback(every=4 * updates_per_batch)],
     )
     print(f"2/3 ALP-GRPO: {options.rollout_batches} batches of rollouts, {updates_per_batch} updates each", flush=True)
-    trainer.train()
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        trainer.save_model()
+        print(f"\nStopped after {trainer.state.global_step} of {args.max_steps} updates.\nModel: {options.output_dir}")
+        raise SystemExit(130) from None
 
     print("3/3 Evaluation and figure", flush=True)
     after = [accuracy(model, tokenizer, held_out, sample) for sample in (False, True)]

@@ -29,10 +29,18 @@ Void turns, which neither call the tool nor answer: their trajectories get no re
 import logging
 from collections.abc import Callable
 
+from problems import load_problems, math_reward
 from sandbox import run_python
-from train_alp import ScriptArguments, load_problems, math_reward
+from train_alp import (
+    ScriptArguments,
+    check_name,
+    errors_in_one_line,
+    parse_options,
+    problems_to_evaluate_on,
+    train_and_save,
+)
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, ConsoleCallback
 
@@ -86,6 +94,7 @@ def tool_math_reward(
 
 def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args: ModelConfig) -> None:
     run_python("1")  # SandboxUnavailable now, rather than from inside the first rollouts
+    check_name("model_name_or_path", model_args.model_name_or_path)
     # TRL prints a whole conversation for every batch with a reward of None, which void turns make commonplace;
     # `tools/void_turns` and `alp/unscored_rewards` count them.
     logging.getLogger("trl.trainer.grpo_trainer").addFilter(
@@ -98,14 +107,13 @@ def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args:
         padding_side="left",
     )
 
-    def load(split: str, limit: int | None):
-        name, config = script_args.dataset_name, script_args.dataset_config
-        problems = load_problems(name, config, split, limit, chat=True)
+    def with_system(problems):
         return problems.map(lambda row: {"prompt": [SYSTEM, *row["prompt"]]})
 
-    train_dataset = load(script_args.dataset_train_split, script_args.max_train_samples)
+    name, config, split = script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split
+    train_dataset = with_system(load_problems(name, config, split, script_args.max_train_samples, chat=True))
     evaluate = training_args.eval_strategy != "no"
-    eval_dataset = load(script_args.dataset_test_split, None) if evaluate else None
+    eval_dataset = with_system(problems_to_evaluate_on(script_args, chat=True)) if evaluate else None
     # `--dtype` defaults to float32: master weights in fp32 and compute in bf16, as in the paper.
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -125,15 +133,9 @@ def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args:
         peft_config=get_peft_config(model_args),
         callbacks=[ConsoleCallback()],
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    if hasattr(trainer, "end"):  # transformers 5.18 and later
-        trainer.end()
+    train_and_save(trainer, script_args)
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, ALPGRPOConfig, ModelConfig))
-    main(*parser.parse_args_and_config(fail_with_unknown_args=True))
+    with errors_in_one_line():
+        main(*parse_options((ScriptArguments, ALPGRPOConfig, ModelConfig), __doc__))

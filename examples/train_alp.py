@@ -1,5 +1,5 @@
 # Copyright 2026 The trl_alp authors. Licensed under the Apache License, Version 2.0.
-"""
+r"""
 Train any causal language model with ALP-GRPO on a verifiable math reward; made to be copied.
 
 One GPU, LoRA, generation by transformers:
@@ -18,24 +18,30 @@ as GRPO, GSPO, TIS and MIS. (Bypass, ALP without the noise, is `--alp_enabled fa
 
 `--dataset_name` takes a dataset of the hub, a local folder, or a local `.json`, `.jsonl`, `.csv` or `.parquet` file,
 with a question (column `question`, `problem` or `prompt`) and an `answer` or `solution`. Of an answer in GSM8K's
-format, the part behind `####` is taken.
+format, the part behind `####` is taken. Ctrl-C saves the model as it is and says where.
+
+`--help-alp` lists what ALP adds to TRL's options, `--help` lists all.
 """
 
-from collections.abc import Iterable
+import argparse
+import dataclasses
+import difflib
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from datasets import Dataset, get_dataset_config_names, load_dataset
-from math_verify import parse, verify
+from datasets import Dataset
+from problems import check_name, is_file, load_problems, math_reward
 from transformers import AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer, ConsoleCallback, instrument
 from trl_alp.checks import check_dataset
-
-
-INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
 @dataclass
@@ -79,51 +85,8 @@ class ScriptArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
 
 
-def load_problems(name: str, config: str | None, split: str, limit: int | None, chat: bool) -> Dataset:
-    """Rows with a `prompt` (a conversation if `chat`, else text) and the reference `solution`."""
-    suffix = Path(name).suffix.removeprefix(".").replace("jsonl", "json")
-    if suffix in ("json", "csv", "parquet"):
-        dataset = load_dataset(suffix, data_files={split.split("[")[0]: name}, split=split)
-    else:
-        # A folder of plain files has no configurations; one of the hub's that a recipe names is then not meant.
-        if Path(name).is_dir() and config not in get_dataset_config_names(name):
-            config = None
-        dataset = load_dataset(name, config, split=split)
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
-    question = pick(dataset, name, "question", "problem", "prompt")
-    solution = pick(dataset, name, "answer", "solution")
-
-    def read(row: dict) -> dict:
-        messages = row[question]
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        *earlier, last = messages
-        messages = [*earlier, {**last, "content": last["content"] + INSTRUCTION}]
-        prompt = messages if chat else "\n".join(message["content"] for message in messages) + "\n"
-        return {"prompt": prompt, "solution": str(row[solution]).split("####")[-1].strip()}
-
-    return dataset.map(read, remove_columns=dataset.column_names)
-
-
-def pick(dataset: Dataset, name: str, *columns: str) -> str:
-    for column in columns:
-        if column in dataset.column_names:
-            return column
-    raise ValueError(
-        f"{name} has the columns {dataset.column_names}, but none of {list(columns)}. Rename one of them."
-    )
-
-
-def math_reward(completions: list, solution: list[str], **kwargs) -> list[float | None]:
-    """1 if `math-verify` finds the completion's final answer equal to the solution, else 0; None if it cannot read the
-    solution, so that TRL leaves the sample out."""
-    rewards: list[float | None] = []
-    for completion, reference in zip(completions, solution, strict=True):
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        gold = parse(f"${reference}$")
-        rewards.append(float(verify(gold, parse(text))) if gold else None)
-    return rewards
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and shows defaults."""
 
 
 def parse_arguments(arguments: Iterable[str] | None = None) -> tuple[ScriptArguments, GRPOConfig, ModelConfig]:
@@ -131,11 +94,72 @@ def parse_arguments(arguments: Iterable[str] | None = None) -> tuple[ScriptArgum
     lookup = TrlParser((Method,), add_help=False, allow_abbrev=False)
     method, _ = lookup.parse_args_and_config(arguments, return_remaining_strings=True)
     config_class = ALPGRPOConfig if method.trainer == "alp" else GRPOConfig
-    parser = TrlParser((Method, ScriptArguments, config_class, ModelConfig))
-    return parser.parse_args_and_config(arguments, fail_with_unknown_args=True)[1:]
+    return parse_options((Method, ScriptArguments, config_class, ModelConfig), __doc__, arguments)[1:]
+
+
+def parse_options(kinds: tuple[type, ...], description: str, arguments: Iterable[str] | None = None) -> tuple:
+    """One value of each kind from the command line and `--config`; a `ValueError` for what is no option."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "--help-alp" in arguments:
+        help_on_alp()
+    script = Path(sys.argv[0]).name
+    usage = f"accelerate launch examples/{script} --model_name_or_path MODEL --dataset_name DATASET [OPTIONS]"
+    parser = TrlParser(kinds, description=description, formatter_class=Formatter, usage=usage, allow_abbrev=False)
+    *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(unknown_option(unknown[0].removeprefix("--").partition("=")[0], parser))
+    check_resuming(next(value for value in parsed if isinstance(value, GRPOConfig)))
+    return tuple(parsed)
+
+
+def help_on_alp() -> None:
+    """Print what ALP adds to TRL's options, and leave."""
+    print("ALP's options of train_alp.py, each with its default; docs/choosing.md says how to set them.\n")
+    for option in dataclasses.fields(ALPGRPOConfig):
+        if option.name.startswith("alp_"):
+            print(f"  --{option.name} {option.default}")
+            print(textwrap.fill(option.metadata["help"], 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    sys.exit()
+
+
+def unknown_option(name: str, parser: TrlParser) -> str:
+    """What to say of an option that there is not, on the command line or in a YAML file."""
+    if name in {option.name for option in dataclasses.fields(ALPGRPOConfig)}:
+        return f"{name} is ALP's, and --trainer grpo has none of its fields. Leave it out, or use --trainer alp."
+    options = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
+    near = difflib.get_close_matches(name, options, n=1)
+    return f"{name} is no option; did you mean {near[0]}?" if near else f"{name} is no option; --help lists all."
+
+
+def check_resuming(training_args: GRPOConfig) -> None:
+    """`true` is the last checkpoint in `output_dir`; a `ValueError` if there is none."""
+    asked = training_args.resume_from_checkpoint
+    if asked is None or asked.lower() == "false":
+        training_args.resume_from_checkpoint = None
+        return
+    folder = training_args.output_dir if asked.lower() == "true" else asked
+    there = Path(folder).is_dir() and (asked.lower() != "true" or get_last_checkpoint(folder) is not None)
+    if not there:
+        raise ValueError(
+            f"resume_from_checkpoint={asked}: {folder} is no folder with a checkpoint. Give a checkpoint's folder, or "
+            "leave the option out to start anew."
+        )
+    training_args.resume_from_checkpoint = get_last_checkpoint(folder) if asked.lower() == "true" else asked
+
+
+def problems_to_evaluate_on(script_args: ScriptArguments, chat: bool) -> Dataset:
+    """The test split, which one file has not unless the two splits are slices of it."""
+    name, train, test = script_args.dataset_name, script_args.dataset_train_split, script_args.dataset_test_split
+    if is_file(name) and not ("[" in train and "[" in test and train != test):
+        raise ValueError(
+            f"dataset_name={name} is one file, so --eval_strategy would evaluate on what is trained on. Give slices "
+            "(--dataset_train_split 'train[:90%]' --dataset_test_split 'train[90%:]'), or a folder of both splits."
+        )
+    return load_problems(name, script_args.dataset_config, test, None, chat)
 
 
 def main(script_args: ScriptArguments, training_args: GRPOConfig, model_args: ModelConfig) -> None:
+    check_name("model_name_or_path", model_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
@@ -144,11 +168,11 @@ def main(script_args: ScriptArguments, training_args: GRPOConfig, model_args: Mo
     )
     chat = tokenizer.chat_template is not None
     name, config = script_args.dataset_name, script_args.dataset_config
-    train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
+    train_split = script_args.dataset_train_split
     train_dataset = load_problems(name, config, train_split, script_args.max_train_samples, chat)
     check_dataset(train_dataset, training_args)
     evaluate = training_args.eval_strategy != "no"
-    eval_dataset = load_problems(name, config, test_split, None, chat) if evaluate else None
+    eval_dataset = problems_to_evaluate_on(script_args, chat) if evaluate else None
     # `--dtype` defaults to float32: master weights in fp32 and compute in bf16, as in the paper.
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -169,14 +193,49 @@ def main(script_args: ScriptArguments, training_args: GRPOConfig, model_args: Mo
         callbacks=[ConsoleCallback()],
     )
     instrument(trainer)  # a stock trainer logs what ALP logs; ALP's own has the instruments already
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
+    train_and_save(trainer, script_args)
+
+
+def train_and_save(trainer: GRPOTrainer, script_args: ScriptArguments) -> None:
+    """Train, save the model, and push it if asked to."""
+    args = trainer.args
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except KeyboardInterrupt:
+        stopped(trainer)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"Model saved to {args.output_dir}.")
+    if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if hasattr(trainer, "end"):  # transformers 5.18 and later
         trainer.end()
 
 
+def stopped(trainer: GRPOTrainer) -> None:
+    """Save what can be saved, say where, and leave. Several processes may not stop at one place: they only leave."""
+    folder, last = trainer.args.output_dir, get_last_checkpoint(trainer.args.output_dir)
+    alone = trainer.accelerator.num_processes == 1
+    if alone:
+        trainer.save_model(folder)
+    print(f"Stopped in update {trainer.state.global_step + 1} of {trainer.state.max_steps}.", file=sys.stderr)
+    if alone:
+        print(f"The model as it is: {folder}", file=sys.stderr)
+    again = f"--resume_from_checkpoint {last}" if last else "there is no checkpoint yet; `save_steps` makes some"
+    print(f"To go on: {again}", file=sys.stderr)
+    sys.exit(130)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the script with the message of a `ValueError` that is one line, as those about what the user gave are."""
+    try:
+        yield
+    except ValueError as error:
+        if "\n" in str(error):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
 if __name__ == "__main__":
-    main(*parse_arguments())
+    with errors_in_one_line():
+        main(*parse_arguments())

@@ -213,6 +213,51 @@ def test_a_policy_is_evaluated_as_an_engine_of_a_number_format_serves_it(script,
     assert (difference["model"], difference["minus"]) == (served["model"], exact["model"])
 
 
+def test_the_k_of_pass_at_k_follow_the_samples_unless_they_are_given(script, language_model, problems):
+    settings = ["--datasets", str(problems), "--max_new_tokens", "2", "--samples", "2"]
+    (result,) = script.main([str(language_model), *settings])["results"]
+    assert list(result["metrics"]) == ["avg@2", "pass@1"]
+
+
+@pytest.mark.parametrize("wrong", ["a second model", "a second dataset", "an output"])
+def test_everything_is_checked_before_anything_runs(
+    wrong, script, language_model, problems, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(script, "evaluate", None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    models, datasets, output = [str(language_model)], [str(problems)], str(tmp_path / "report.json")
+    if wrong == "a second model":
+        models.append(str(tmp_path / "empty"))
+    elif wrong == "a second dataset":
+        datasets.append(str(tmp_path / "nothing.jsonl"))
+    else:
+        output = str(tmp_path / "file" / "report.json")
+    with pytest.raises(SystemExit):
+        script.main([*models, "--datasets", *datasets, *FAST, "--output", output])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert {"a second model": "empty holds neither", "a second dataset": "nothing.jsonl' is not there"}.get(
+        wrong, "file"
+    ) in said
+
+
+def test_what_is_evaluated_is_kept_where_a_later_model_fails(script, language_model, problems, tmp_path, monkeypatch):
+    evaluate = script.evaluate
+
+    def fails_at_the_second(model, options, served_in):
+        if served_in == "int4":
+            raise RuntimeError("out of memory")
+        return evaluate(model, options, served_in)
+
+    monkeypatch.setattr(script, "evaluate", fails_at_the_second)
+    output = tmp_path / "report.json"
+    arguments = [str(language_model), "--datasets", str(problems), *FAST, "--output", str(output)]
+    with pytest.raises(RuntimeError):
+        script.main([*arguments, "--served_in", "exact", "int4"])
+    (result,) = json.loads(output.read_text())["results"]
+    assert result["model"] == str(language_model) and result["problems"] == 3
+
+
 def test_vllm_serves_with_the_number_formats_that_are_asked_for(script, language_model, problems, monkeypatch):
     asked = {}
 
@@ -274,6 +319,10 @@ def test_a_model_without_chat_template_is_asked_in_plain_text(script, language_m
         (["--temperature", "0"], "--temperature 0 would draw --samples 8 equal ones"),
         (["--samples", "4", "--k", "8"], "--k [8] must be between 1 and --samples 4"),
         (["--backend", "vllm"], "--backend vllm needs vLLM"),
+        (["--limit", "0"], "--limit 0 must be at least 1"),
+        (["--samples", "0"], "--samples 0 must be at least 1"),
+        (["--temperature", "-1"], "--temperature -1 must be 0 (greedy) or above"),
+        (["--top_p", "0"], "--top_p 0 must be above 0"),
         (["--quantization", "fp8"], "--quantization and --kv_cache_dtype are vLLM's"),
         (["--kv_cache_dtype", "fp8"], "use --backend vllm, or --served_in"),
         (["--served_in", "int5"], "invalid choice: 'int5'"),

@@ -1,17 +1,21 @@
 """The examples and the README, run at tiny size."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
+
+from trl_alp import ALPGRPOConfig
 
 
 ROOT = Path(__file__).parent.parent
@@ -30,8 +34,20 @@ def load(script):
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / "examples" / script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(ROOT / "examples"))  # as Python does for a script
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
     return module
+
+
+def refused(script, *arguments, cwd):
+    """The one line that a script ends with."""
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode not in (0, None) and "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -88,7 +104,7 @@ def test_conversational_prompts_and_slices_of_a_split_are_read(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
     chat = script.load_problems(str(tmp_path / "x.jsonl"), None, "train[:2]", None, chat=True)
     assert len(chat) == 2
-    assert chat[0]["prompt"][1]["content"] == "1+1?" + script.INSTRUCTION and chat[0]["solution"] == "2"
+    assert chat[0]["prompt"][1]["content"] == "1+1?" + load("problems.py").INSTRUCTION and chat[0]["solution"] == "2"
 
 
 def test_a_dataset_without_questions_is_told(tmp_path):
@@ -107,6 +123,138 @@ def test_train_alp_refuses_too_few_prompts_before_it_loads_a_model(tmp_path, lan
     script = load("train_alp.py")
     with pytest.raises(ValueError, match=r"^train_dataset has 3 prompts, fewer than the 4 of one batch of rollouts"):
         script.main(*script.parse_arguments([str(argument) for argument in arguments]))
+
+
+BROKEN = {
+    "a line that is not JSON": (
+        "x.jsonl",
+        '{"question": "1+1?", "answer": "2"}\n{"question": \n',
+        r"x.jsonl:2: not JSON",
+    ),
+    "a row that is no object": ("x.jsonl", '["1+1?", "2"]\n', r"x.jsonl:1: a row is an object"),
+    "an empty file": ("x.jsonl", "", r"x.jsonl is empty"),
+    "an empty table": ("x.csv", "\n", r"x.csv is empty"),
+    "no parquet": ("x.parquet", "question", r"x.parquet cannot be read as parquet"),
+    "no JSON": ("x.json", "[{", r"x.json cannot be read as json"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_file_of_problems_that_cannot_be_read_is_told_in_one_line(case, tmp_path):
+    name, text, said = BROKEN[case]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said) as error:
+        load("train_alp.py").load_problems(str(tmp_path / name), None, "train", None, chat=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["runs/no/model", "./model", "/no/model", "nothing.jsonl"])
+def test_a_path_that_is_not_there_is_not_taken_for_a_name_of_the_hub(name):
+    script = load("problems.py")
+    with pytest.raises(ValueError, match=f"dataset_name='{name}' is not there"):
+        script.check_name("dataset_name", name)
+    script.check_name("dataset_name", "openai/gsm8k")
+    script.check_name("dataset_name", str(GSM8K))
+
+
+NAMED = ["--model_name_or_path", "some/model", "--dataset_name", GSM8K, "--output_dir", "out", "--use_cpu", "true"]
+NAMED += ["--bf16", "false"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--learning_rat", "1"], "learning_rat is no option; did you mean learning_rate?"),
+        (["--trainer", "grpo", "--alp_sigma_init", "1"], "alp_sigma_init is ALP's, and --trainer grpo has none"),
+        (["--resume_from_checkpoint", "true"], "resume_from_checkpoint=true: out is no folder with a checkpoint"),
+        (["--resume_from_checkpoint", "out/checkpoint-7"], "out/checkpoint-7 is no folder with a checkpoint"),
+    ],
+)
+def test_an_option_that_cannot_be_meant_is_told_in_one_line(options, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = load("train_alp.py")
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        script.parse_arguments(list(map(str, [*NAMED, *options])))
+    assert "\n" not in str(error.value)
+
+
+def test_a_misspelt_option_of_a_yaml_file_is_told_with_the_nearest_one(tmp_path):
+    (tmp_path / "c.yaml").write_text("model_name_or_path: x\ndataset_name: y\nalp_sigma_int: 0.1\n")
+    line = refused("train_alp.py", "--config", "c.yaml", "--output_dir", "out", cwd=tmp_path)
+    assert line == "train_alp.py: alp_sigma_int is no option; did you mean alp_sigma_init?"
+
+
+def test_resuming_with_true_takes_the_last_checkpoint_and_with_false_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for step in (2, 10):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+    script = load("train_alp.py")
+    for given, taken in (("true", "out/checkpoint-10"), ("False", None), ("out/checkpoint-2", "out/checkpoint-2")):
+        _, args, _ = script.parse_arguments([*map(str, NAMED), "--resume_from_checkpoint", given])
+        assert args.resume_from_checkpoint == taken
+
+
+def test_one_file_of_problems_is_not_evaluated_on_unless_it_is_split():
+    script = load("train_alp.py")
+    arguments = script.ScriptArguments(dataset_name=str(GSM8K))
+    with pytest.raises(ValueError, match=r"would evaluate on what is trained on.*train\[90%:\]"):
+        script.problems_to_evaluate_on(arguments, chat=False)
+    arguments.dataset_train_split, arguments.dataset_test_split = "train[:75%]", "train[75%:]"
+    assert len(script.problems_to_evaluate_on(arguments, chat=False)) == 4
+
+
+def test_help_begins_with_what_the_script_is_and_alps_options_have_a_page_of_their_own(capsys):
+    script = load("train_alp.py")
+    with pytest.raises(SystemExit):
+        script.parse_arguments(["--help"])
+    first = capsys.readouterr().out.splitlines()[:9]
+    assert first[0].startswith("usage: accelerate launch") and first[2].startswith("Train any causal language model")
+    assert any(line.endswith("\\") for line in first)  # the example keeps its lines
+    with pytest.raises(SystemExit):
+        script.parse_arguments(["--help-alp"])
+    printed = capsys.readouterr().out
+    fields = {field.name for field in dataclasses.fields(ALPGRPOConfig) if field.name.startswith("alp_")}
+    assert set(re.findall(r"--(alp_\w+)", printed)) == fields and len(printed.splitlines()) < 80
+
+
+def test_ctrl_c_saves_the_model_and_says_where(tmp_path, language_model, monkeypatch, capsys):
+    script = load("train_alp.py")
+    arguments = ["--model_name_or_path", language_model, "--dataset_name", GSM8K, "--output_dir", tmp_path / "out"]
+    arguments += ["--use_cpu", "true", "--bf16", "false", "--num_generations", 2, "--per_device_train_batch_size", 2]
+    arguments += ["--max_completion_length", 4, "--report_to", "none", "--save_steps", 1, "--max_steps", 5]
+
+    def interrupt(trainer):
+        class Interrupt(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 2:
+                    raise KeyboardInterrupt
+
+        trainer.add_callback(Interrupt())
+
+    monkeypatch.setattr(script, "instrument", interrupt)
+    with pytest.raises(SystemExit) as left:
+        script.main(*script.parse_arguments([str(argument) for argument in arguments]))
+    assert left.value.code == 130 and (tmp_path / "out" / "model.safetensors").is_file()
+    said = capsys.readouterr().err.splitlines()[-3:]
+    assert said[0] == "Stopped in update 3 of 5." and said[1].endswith(f": {tmp_path / 'out'}")
+    assert said[2].endswith("checkpoint-2")
+
+
+def test_math_reward_works_in_a_thread():
+    reward = load("train_alp.py").math_reward
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(reward, ["\\boxed{72}", "\\boxed{71}"], ["72", "72"]).result() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--hidden_size", 63], "--hidden_size 63 must be a multiple of 8"),
+        (["--warm_start_steps", 0], "--warm_start_steps 0 must be at least 1"),
+    ],
+)
+def test_the_quickstart_refuses_a_size_that_no_model_has(options, said, tmp_path):
+    assert said in refused("quickstart.py", *options, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from test_examples import GSM8K, ROOT, load
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from trl_alp import ALPGRPOConfig, ALPGRPOTrainer
 from trl_alp.ratio import turns_from_mask
@@ -51,8 +51,8 @@ def arguments(**overrides):
 
 
 def parse(script, **overrides):
-    parser = TrlParser((script.ScriptArguments, ALPGRPOConfig, ModelConfig))
-    return parser.parse_args_and_config(arguments(**overrides), fail_with_unknown_args=True)
+    kinds = (script.ScriptArguments, ALPGRPOConfig, ModelConfig)
+    return script.parse_options(kinds, script.__doc__, arguments(**overrides))
 
 
 @pytest.fixture(scope="session")
