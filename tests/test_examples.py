@@ -180,7 +180,8 @@ def test_an_option_that_cannot_be_meant_is_told_in_one_line(options, said, tmp_p
 
 def test_a_misspelt_option_of_a_yaml_file_is_told_with_the_nearest_one(tmp_path):
     (tmp_path / "c.yaml").write_text("model_name_or_path: x\ndataset_name: y\nalp_sigma_int: 0.1\n")
-    line = refused("train_alp.py", "--config", "c.yaml", "--output_dir", "out", cwd=tmp_path)
+    on_cpu = ["--use_cpu", "true", "--bf16", "false"]
+    line = refused("train_alp.py", "--config", "c.yaml", "--output_dir", "out", *on_cpu, cwd=tmp_path)
     assert line == "train_alp.py: alp_sigma_int is no option; did you mean alp_sigma_init?"
 
 
