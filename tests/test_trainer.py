@@ -1123,8 +1123,29 @@ def test_model_card_is_of_alp(tmp_path):
     trainer.create_model_card(model_name="x")
     card = (tmp_path / "README.md").read_text()
     assert "2603.19470" in card and "Adaptive Layerwise Perturbation" in card and "- alp" in card
-    assert "DeepSeekMath" not in card
+    assert "DeepSeekMath" not in card and "Chenlu" in card
     assert {"trl", "grpo", "alp"} <= set(trainer.model.model_tags)
+
+
+def test_the_model_card_has_the_settings_sigma_and_the_measured_mismatch(tmp_path):
+    trainer = tiny.trainer(tmp_path, rollout_func=tiny.rollout_func(0.1), alp_monitor_every=1, alp_noise_target=1.0)
+    trainer.train()
+    trainer.create_model_card(model_name="x")
+    card = (tmp_path / "README.md").read_text()
+    sigma = trainer.perturbation.sigma
+    assert f"| sigma, smallest to largest of 2 layers | {sigma.min():.3g} to {sigma.max():.3g} |" in card
+    assert "| `alp_ratio_level` | token |" in card and "| `alp_noise_target` | 1.0 |" in card
+    log = [row for row in trainer.state.log_history if "alp/noise_off/fresh/kl/k3" in row]
+    assert f"on fresh rollouts | {log[-1]['alp/noise_off/fresh/kl/k3']:.3g} |" in card
+    assert "[None]" not in card and "a fine-tuned version of a local model" in card
+    assert card.index("### Adaptive Layerwise") < card.index("### Framework versions")
+
+
+def test_the_card_of_a_run_without_noise_says_so(tmp_path):
+    trainer = tiny.trainer(tmp_path, alp_enabled=False)
+    trainer.create_model_card(model_name="x")
+    card = (tmp_path / "README.md").read_text()
+    assert "Bypass baseline" in card and "| sigma" not in card
 
 
 def test_config_survives_the_checkpoint_as_json(tmp_path):

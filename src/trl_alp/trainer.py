@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
 from trl import GRPOTrainer
 
 from .alp_watching import CLIPPED_LOSSES, ALPWatcher
+from .card import add_to_card
 from .channels import ChannelScale
 from .checks import check_args, check_dataset, check_server, checked, warn_of_dropout, warn_of_sampling
 from .config import ALPGRPOConfig
@@ -86,8 +88,10 @@ class ALPGRPOTrainer(GRPOTrainer):
         "id": "2603.19470",
         # docstyle-ignore
         "citation": textwrap.dedent("""\
-            @article{alp2026,
+            @article{ye2026alp,
                 title        = {{Adaptive Layerwise Perturbation: Unifying Off-Policy Corrections for LLM RL}},
+                author       = {Ye, Chenlu and Zhang, Xuanchang and Hao, Yifan and Yu, Zhou and Zhang, Ziji and
+                                Gullapalli, Abhinav and Chen, Hao and Huang, Jing and Zhang, Tong},
                 year         = 2026,
                 eprint       = {arXiv:2603.19470},
             }"""),
@@ -263,7 +267,13 @@ class ALPGRPOTrainer(GRPOTrainer):
         inputs["sampling_per_token_logps"] = behaviour
         return known or not self.args.alp_enabled
 
-    # ---- Checkpoints ----
+    # ---- What is written ----
+
+    @wraps(GRPOTrainer.create_model_card)
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_to_card(Path(self.args.output_dir) / "README.md", self)
 
     # Overridden here because older checkpoints may be rotated away once `_save_checkpoint` returns.
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
