@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -290,6 +291,7 @@ def test_readme_examples_run_as_printed(tmp_path, monkeypatch, language_model):
 
     def small(config_class):
         def build(*args, **kwargs):
+            config_class(*args, **kwargs)  # as printed, on a machine without a GPU too
             tiny_run = {"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 2, "bf16": False}
             tiny_run |= {"report_to": "none", "use_cpu": True, "save_strategy": "no", "max_completion_length": 8}
             return config_class(*args, **kwargs | tiny_run)
@@ -306,7 +308,6 @@ def test_readme_examples_run_as_printed(tmp_path, monkeypatch, language_model):
                 assert model == "Qwen/Qwen2.5-0.5B-Instruct"
                 policy = transformers.AutoModelForCausalLM.from_pretrained(language_model)
                 tokenizer = AutoTokenizer.from_pretrained(language_model)
-                kwargs.setdefault("args", trl.GRPOConfig("out"))
                 super().__init__(policy, *args, processing_class=tokenizer, **kwargs)
 
         return Local
@@ -397,3 +398,23 @@ def test_make_alone_lists_every_target():
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(re.findall(r"^  ([a-z-]+) +\S", listed, re.MULTILINE)) == set(phony)
+
+
+@pytest.mark.slow
+def test_a_wheel_installs_and_can_be_imported_without_the_clone(tmp_path):
+    pip = [sys.executable, "-m", "pip"]
+    copy = tmp_path / "clone"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "src" / "trl_alp", copy / "src" / "trl_alp")
+    subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, copy], check=True)
+    (wheel,) = tmp_path.glob("trl_alp-*.whl")
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    code = "import trl_alp, trl_alp.report, pathlib; print(pathlib.Path(trl_alp.__file__).parent)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "site" / "trl_alp"), done.stderr
+    for name in ("py.typed", "report/page.html"):
+        assert (tmp_path / "site" / "trl_alp" / name).is_file()
+    assert (tmp_path / "site" / "bin" / "trl-alp").is_file()

@@ -489,8 +489,9 @@ def test_an_interval_covers_the_mean_as_often_as_it_says_and_a_bootstrap_would_n
 
 
 def test_the_figures_of_the_results_are_drawn_from_the_committed_runs(tmp_path, monkeypatch):
-    pages = [figures.PAGE, figures.PAGE.with_name("results.md")]
-    shown = {name for page in pages for name in re.findall(r"\(assets/(lab_\w+\.png)\)", page.read_text())}
+    page = figures.PAGE.with_name("results.md")
+    pages = [figures.PAGE, page, LAB.parents[1] / "README.md"]
+    shown = {name for page in pages for name in re.findall(r"assets/(lab_\w+\.png)\)", page.read_text())}
     (tmp_path / "results_tables.md").write_text(figures.PAGE.read_text())
     monkeypatch.setattr(figures, "PAGE", tmp_path / "results_tables.md")
     monkeypatch.setattr(figures, "ASSETS", tmp_path)
@@ -501,7 +502,7 @@ def test_the_figures_of_the_results_are_drawn_from_the_committed_runs(tmp_path, 
     for name in shown:
         assert (tmp_path / name).stat().st_size > 10_000
         width = plt.imread(tmp_path / name).shape[1]
-        assert width == 900 or name not in pages[1].read_text(), name
+        assert width == 900 or name not in page.read_text(), name
 
 
 def test_the_tables_are_those_of_the_committed_runs_and_have_at_most_eight_columns():

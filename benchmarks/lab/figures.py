@@ -87,6 +87,32 @@ def draw_dial(path: Path) -> None:
     plt.close(figure)
 
 
+def draw_headline(path: Path, groups: dict[str, Runs], title: str) -> None:
+    """Accuracy over updates from a 3-bit engine: mean over seeds and its interval, on both yardsticks."""
+    arms = {
+        "grpo-narrow": "GRPO", "mis-narrow": "MIS, TRL's default correction",
+        "bypass_token-wide": "one ratio, no noise (Bypass)", "alp_token-fitted": "ALP, fitted noise",
+    }  # fmt: skip
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.8), sharey=True, layout="constrained")
+    for axis, (yardstick, name) in zip(
+        axes, {"accuracy": "as trained", "served": "as a 3-bit engine serves it"}.items(), strict=True
+    ):
+        for label, words in arms.items():
+            if label not in groups:
+                continue
+            runs, (colour, marker) = groups[label].values(), KINDS[kind_of(label)]
+            steps = [step for step, _ in next(iter(runs))[yardstick]]
+            values = list(zip(*([value for _, value in row[yardstick]] for row in runs), strict=True))
+            axis.plot(steps, [statistics.fmean(v) for v in values], marker=marker, ms=5, color=colour, label=words)
+            axis.fill_between(steps, *zip(*map(spread, values), strict=True), color=colour, alpha=0.12, lw=0)
+        axis.set(xlabel="update", title=name, ylim=(0.2, 0.8))
+    axes[0].set_ylabel("accuracy on held-out problems")
+    axes[0].legend(fontsize=8, loc="lower right")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def draw_front(path: Path, groups: dict[str, Runs], start: tuple[float, float], title: str) -> None:
     """As served against as trained: each arm a point with its interval, and where all of them started."""
     figure, axis = plt.subplots(figsize=(WIDTH, 5.6), layout="constrained")
@@ -98,7 +124,9 @@ def draw_front(path: Path, groups: dict[str, Runs], start: tuple[float, float], 
         axis.plot([x, x], spread(as_served), color=colour, lw=1, alpha=0.5)
         hollow = label.endswith("narrow")
         axis.plot(x, y, marker, ms=8, color=colour, mfc="white" if hollow else colour)
-        axis.annotate(label, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+        left = "token" in label or "narrow" in label  # so that fewer names meet
+        shift, side = ((-7, 5), "right") if left else ((7, -9), "left")
+        axis.annotate(label, (x, y), shift, textcoords="offset points", fontsize=8, ha=side)
     axis.plot(*start, "*", ms=13, color="black")
     axis.annotate("start", start, (8, -4), textcoords="offset points", fontsize=9)
     for kind, (colour, marker) in KINDS.items():
@@ -129,18 +157,21 @@ def draw_gains(path: Path, pairs: dict[str, tuple[Runs, Runs]], title: str) -> N
     plt.close(figure)
 
 
+WORDS = {"healthy": "exact", "mismatch_edge": "4 bits", "mismatch_beyond": "3 bits", "stale_beyond": "stale"}
+
+
 def noise_pairs() -> dict[str, tuple[Runs, Runs]]:
     """Fitted and strong noise beside none, at every point where both were measured."""
     pairs = {}
     for (point, arm), by in by_noise().items():
         if {"none", "fitted"} <= by.keys():
-            pairs[f"{point}, {level_of(arm)}, fitted"] = by["fitted"], by["none"]
+            pairs[f"{WORDS[point]}, {level_of(arm)}, fitted"] = by["fitted"], by["none"]
     groups = at_three_bits()
     for arm in ("token", "sequence"):
         if {f"alp_{arm}-0.1", f"bypass_{arm}-wide"} <= groups.keys():
-            pairs[f"mismatch_beyond, {arm}, 0.1"] = groups[f"alp_{arm}-0.1"], groups[f"bypass_{arm}-wide"]
+            pairs[f"3 bits, {arm}, 0.1"] = groups[f"alp_{arm}-0.1"], groups[f"bypass_{arm}-wide"]
     if {"alp_mask", "bypass_mask"} <= groups.keys():
-        pairs["mismatch_beyond, mask, fitted"] = groups["alp_mask"], groups["bypass_mask"]
+        pairs["3 bits, mask, fitted"] = groups["alp_mask"], groups["bypass_mask"]
     longer = by_label("length")
     for noisy, plain in (("alp_sequence-fitted", "bypass_sequence"), ("alp_mask-fitted", "bypass_mask")):
         if {noisy, plain} <= longer.keys():
@@ -201,16 +232,20 @@ def draw_all() -> None:
     """Every figure whose runs are there. The titles say what the committed runs show."""
     three_bits, start = at_three_bits(), started()
     draw_dial(ASSETS / "lab_dial.png")
+    draw_headline(
+        ASSETS / "lab_headline.png", three_bits,
+        "From a 3-bit engine MIS trains best and uncorrected GRPO serves best;\n"
+        "fitted noise improves what one ratio serves",
+    )  # fmt: skip
     draw_front(
         ASSETS / "lab_front.png", three_bits, (start["exact"], start["int3"]),
-        "Corrections protect the policy that trains; without one the policy that serves gains more",
+        "A correction protects the policy that trains; without one the policy that serves gains most",
     )  # fmt: skip
     draw_gains(
-        ASSETS / "lab_noise_gains.png",
-        noise_pairs(),
-        "Fitted noise helps what a 3-bit engine serves, and nothing else",
-    )
-    draw_flatness(ASSETS / "lab_flatness.png", three_bits, "Training with noise makes a policy less sharp")
+        ASSETS / "lab_noise_gains.png", noise_pairs(),
+        "Fitted noise improves what a 3-bit engine serves, and changes nothing elsewhere",
+    )  # fmt: skip
+    draw_flatness(ASSETS / "lab_flatness.png", three_bits, "Training with noise of the mismatch's size makes a policy less sharp")
     if finished("length"):
         draw_length(ASSETS / "lab_length.png", "Four times the tokens bring the edge from 3 to 4 bits")
     draw_tune(ASSETS / "lab_tune.png")

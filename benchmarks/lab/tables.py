@@ -38,6 +38,9 @@ from results import RESULTS, final, finished
 from stages import ARMS, DEFAULT_SIGMA, POINTS, RATES, SEEDS, choices
 
 
+NOT_YET = "*Not yet measured.*"
+
+
 # ---- Cells ----
 
 
@@ -253,6 +256,8 @@ def noise() -> str:
 
 def matrix(groups: dict[str, Runs], digits: int = 3) -> str:
     """Final policies in every number format, less what the start has in it."""
+    if not groups:
+        return NOT_YET
     start = started(digits)
     lines = [["start", *(f"{value:.3f}" for value in start.values())]]
     for label, runs in groups.items():
@@ -299,6 +304,8 @@ def length() -> str:
         gains = [gain(runs, other, measure) if other else "" for measure in YARDSTICKS.values()]
         line = [label, str(len(rows)), *(accuracies(rows, measure) for measure in YARDSTICKS.values()), *gains]
         lines.append([*line, averaged(rows, sigma_at_the_end), averaged(rows, peak_of("grad_norm"))])
+    if not lines:
+        return NOT_YET
     head = ["arm", "seeds", *YARDSTICKS, "as trained, minus no noise", "as served, minus no noise"]
     return markdown([*head, "sigma at the end", "peak grad norm"], lines)
 
@@ -321,6 +328,8 @@ def sharpness(groups: dict[str, Runs]) -> str:
                 f"{number(statistics.fmean(values))} ± {number(statistics.stdev(values) / len(values) ** 0.5)}"
             )
         lines.append([label, str(len(rows)), *cells])
+    if not lines:
+        return NOT_YET
     head = ["trained with", "seeds", "noise 0.03", "noise 0.1", "noise 0.3", "rounded to int4", "rounded to int3"]
     return markdown(head, lines)
 

@@ -112,8 +112,9 @@ def warm_start(
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     draw = random.Random(1)
     model.train()
+    longer = digits / 3  # as many tokens a step at every length
     for step in range(4000):
-        rows = [draw.choice(train) for _ in range(128)]
+        rows = [draw.choice(train) for _ in range(round(128 / longer))]
         texts = [row["prompt"] + row["worked"] + "<eos>" for row in rows]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(device)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -123,7 +124,8 @@ def warm_start(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 19 and accuracy(model, tokenizer, held_out[:500]) >= target:
+        every = round(20 * longer)
+        if step % every == every - 1 and accuracy(model, tokenizer, held_out[:500]) >= target:
             model.save_pretrained(folder)
             return model, tokenizer
     raise RuntimeError(f"The warm start did not reach an accuracy of {target} in 4000 steps.")

@@ -53,7 +53,7 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
         raise ValueError(
             f"No unique decoder layers found in {type(base).__name__}: looked below `get_decoder()` "
             f"({type(decoder).__name__}) for one `ModuleList` of `config.get_text_config().num_hidden_layers` = "
-            f"{num_layers} layers and found {len(found)}: {sorted(found)}. Please report the model's class name."
+            f"{num_layers} layers and found {len(found)}: {sorted(found)}. Open an issue with this line."
         )
     return next(iter(found.values()))
 
