@@ -39,6 +39,12 @@ KV_CACHE = 64 * 2**20  # bytes; each colocated engine keeps its own until the pr
 
 
 @pytest.fixture(scope="session")
+def fp8_cache():
+    """Whether vLLM can have a cache in fp8 here: on a CPU it takes one of two instruction sets."""
+    return not ON_CPU or torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@pytest.fixture(scope="session")
 def policy_path(tmp_path_factory):
     """A tiny policy for trainer and engine, whose CPU attention needs heads of 32 or more; its head is not tied."""
     path = str(tmp_path_factory.mktemp("policy"))

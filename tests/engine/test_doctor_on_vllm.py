@@ -439,17 +439,26 @@ def wilson(right: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     return middle - half, middle + half
 
 
+class Engines(dict):
+    """Engines by name; a test that asks for one which this CPU cannot run is skipped."""
+
+    def __missing__(self, name):
+        pytest.skip(f"{name}: vLLM needs AVX-512 or AMX for it on a CPU")
+
+
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory):
+def engines(tmp_path_factory, fp8_cache):
     """All engines in this process, each used for all of its trials."""
     from vllm import LLM
 
     if not torch.distributed.is_initialized():  # else vLLM does it, listening on all interfaces
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    made = {}
+    made = Engines()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         for name, options in ENGINES.items():
+            if options.get("kv_cache_dtype") == "fp8" and not fp8_cache:
+                continue
             path = str(tmp_path_factory.mktemp("engine"))
             policy(0, family="gpt2" if "GPT-2" in name else "qwen2").save_pretrained(path)
             tiny.tokenizer().save_pretrained(path)

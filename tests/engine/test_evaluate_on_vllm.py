@@ -78,12 +78,29 @@ def test_a_model_and_an_adapter_on_it_score_on_vllm_as_on_transformers(models, t
         model, adapter = report["results"]
         assert (model["correct"], adapter["correct"]) == ([4, 0, 4], [0, 4, 0]), adapter["completions"]
         assert model["truncated"] == adapter["truncated"] == 0
+    sys.modules.pop("evaluate")
+
+
+def test_a_model_is_evaluated_with_the_cache_that_it_is_served_with(models, tmp_path, monkeypatch, fp8_cache):
+    import vllm
+
+    if not fp8_cache:
+        pytest.skip("vLLM needs AVX-512 or AMX for a cache in fp8 on a CPU")
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import evaluate
+
+    small = {"enforce_eager": True, "kv_cache_memory_bytes": 64 * 2**20}
+    monkeypatch.setattr(vllm, "LLM", functools.partial(vllm.LLM, **small))
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("\n".join(json.dumps({"question": q, "answer": a}) for q, a in (("a?", "72"), ("bb?", "31"))))
+    settings = ["--samples", "4", "--k", "1", "4", "--max_new_tokens", "8", "--temperature", "0.1"]
     caches = []
     monkeypatch.setattr(
         vllm, "LLM", lambda *args, original=vllm.LLM, **kw: caches.append(original(*args, **kw)) or caches[-1]
     )
     as_served = ["--backend", "vllm", "--dtype", "bfloat16", "--kv_cache_dtype", "fp8"]
-    (served,) = evaluate.main([str(models[0]), *arguments[2:], *as_served])["results"]
-    assert served["correct"] == [4, 0, 4]
+    (served,) = evaluate.main([str(models[0]), "--datasets", str(problems), *settings, *as_served])["results"]
+    assert served["correct"] == [4, 0]
     assert "fp8" in caches[0].llm_engine.vllm_config.cache_config.cache_dtype
     sys.modules.pop("evaluate")

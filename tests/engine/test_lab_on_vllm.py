@@ -28,7 +28,9 @@ SETTINGS = {
 
 def fresh_k3(numerics: str, folder: Path, monkeypatch) -> list[float]:
     """k3 between old policy and engine at each batch of rollouts."""
-    monkeypatch.setattr(run, "is_correct", lambda completions, **kwargs: [len(c) % 7 / 7 for c in completions])
+    monkeypatch.setattr(
+        run.addition, "is_correct", lambda completions, answer=None, **kwargs: [len(c) % 7 / 7 for c in completions]
+    )
     result = run.run(SETTINGS | {"numerics": numerics}, folder)
     return [row["alp/old/kl/k3"] for row in result["log"][::2]]
 
