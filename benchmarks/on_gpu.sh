@@ -3,7 +3,7 @@
 #
 #     benchmarks/on_gpu.sh [OUT] [--lab]       # OUT: folder of the logs and JSON files, `on_gpu` by default
 #
-# --lab adds the study's GPU stage, ten minutes more. PYTHON names the interpreter (python3); it needs torch, transformers,
+# --lab adds the study's GPU stages, ten minutes more. PYTHON names the interpreter (python3); it needs torch, transformers,
 # TRL, datasets, peft and pytest, and with pytest-xdist the tests run in eight processes. Each part has its own time
 # limit and writes what it has as it goes, so that a part which fails or is cut off costs the others nothing.
 set -uo pipefail
@@ -33,5 +33,5 @@ part tests 185 make --no-print-directory test-gpu PYTHON="$python"
 part noise 70 "$python" benchmarks/noise.py --json "$out/noise.json"
 part host 55 "$python" benchmarks/host.py --repetitions 30 --json "$out/host.json"
 part update 165 "$python" benchmarks/update.py --suite gpu --steps 3 --seconds 125 --json "$out/update.json"
-[ -z "$lab" ] || part lab 600 "$python" benchmarks/lab/study.py --stages gpu --jobs 12 --hours 0.1 --folder "$out/lab" --results "$out"
+[ -z "$lab" ] || part lab 600 "$python" benchmarks/lab/study.py --stages gpu gpu_matched --jobs 12 --hours 0.1 --folder "$out/lab" --results "$out"
 [ -z "$failed" ] || { echo "failed or cut off:$failed"; exit 1; }
