@@ -67,7 +67,7 @@ DEFAULTS = {
     "device": "cpu",  # "cuda": bf16 autocast over fp32 weights
     "max_completion_length": None,  # the task's
     # Of `gsm8k`: where its files are, from the root of the clone, and what of its preparation is changed.
-    "data": "../shared/data/gsm8k",
+    "data": "real_parts/gsm8k",
     "prepare": {},
 }
 # Of the log, what the report reads.
