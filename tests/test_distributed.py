@@ -47,7 +47,8 @@ def test_resume_on_two_processes_is_exact_also_where_one_does_not_see_the_file(t
             assert torch.equal(weight, resumed[rank]["weights"][name]), name
 
 
-@pytest.mark.parametrize("enabled", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("enabled", [True, False])
 def test_one_process_with_two_steps_and_two_with_one_train_alike(tmp_path, enabled):
     settings = {"fixed_rollouts": 1, "alp_enabled": int(enabled), "alp_monitor_every": 1, "max_steps": 3}
     two, _ = launch(tmp_path / "two", 2, **settings)

@@ -204,7 +204,7 @@ def weights_after(arm: str, cache: Path, **overrides) -> torch.Tensor:
     run.Evaluation, run.flatness = Keeper, lambda *args: {}
     try:
         clip = {"epsilon": 0.2, "epsilon_high": 0.28}
-        run.run(TINY | {"arm": arm, "numerics": "int3", "overrides": clip | overrides}, cache)
+        run.run(TINY | {"arm": arm, "numerics": "int3", "overrides": clip | overrides, "updates": 4}, cache)
     finally:
         run.Evaluation, run.flatness = original, measure
     assert not torch.equal(kept[0], kept[-1])
@@ -440,7 +440,8 @@ def test_every_kind_of_arm_of_the_real_stage_makes_two_updates_of_a_real_model(t
     data.mkdir()
     for split in ("train", "test"):
         (data / f"{split}.jsonl").write_text((LAB.parents[1] / "tests/data/gsm8k/train.jsonl").read_text())
-    small = {"device": "cpu", "data": str(data), "prepare": {"steps": 2, "batch": 2}, "max_completion_length": 8}
+    monkeypatch.setattr(gsm8k, "DATA", data)
+    small = {"device": "cpu", "prepare": {"steps": 2, "batch": 2}, "max_completion_length": 8}
     small |= {"mini_batch": 4, "num_generations": 2, "updates_per_rollout": 2, "updates": 2, "eval_every": 2}
     small |= {"eval_problems": 2}
     stage = dict(stages.real())

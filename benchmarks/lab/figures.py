@@ -245,7 +245,9 @@ def draw_all() -> None:
         ASSETS / "lab_noise_gains.png", noise_pairs(),
         "Fitted noise improves what a 3-bit engine serves, and changes nothing elsewhere",
     )  # fmt: skip
-    draw_flatness(ASSETS / "lab_flatness.png", three_bits, "Training with noise of the mismatch's size makes a policy less sharp")
+    draw_flatness(
+        ASSETS / "lab_flatness.png", three_bits, "Training with noise of the mismatch's size makes a policy less sharp"
+    )
     if finished("length"):
         draw_length(ASSETS / "lab_length.png", "Four times the tokens bring the edge from 3 to 4 bits")
     draw_tune(ASSETS / "lab_tune.png")

@@ -21,6 +21,7 @@ from sampling import sample
 
 
 ROOT = Path(__file__).parents[2]
+DATA = ROOT / "real_parts" / "gsm8k"  # `real.sh pack` puts it there
 RANK = 16
 SAMPLES = 8
 SERVED_IN = ("exact", "bf16", "fp8", "int8-32", "int4-32", "int3-32")
@@ -40,10 +41,10 @@ def longest(settings: dict) -> int:
     return settings["max_completion_length"] or 256
 
 
-def read(settings: dict, tokenizer, split: str) -> list[dict]:
+def read(tokenizer, split: str) -> list[dict]:
     """Problems as prompts in the model's chat format, answers, and worked solutions without calculator notes."""
     rows = []
-    for line in (ROOT / settings["data"] / f"{split}.jsonl").read_text().splitlines():
+    for line in (DATA / f"{split}.jsonl").read_text().splitlines():
         row = json.loads(line)
         solution, _, answer = row["answer"].rpartition("####")
         while "<<" in solution:
@@ -65,7 +66,7 @@ def start(settings: dict, cache: Path):
 
     model, tokenizer = smollm2.load()
     model.to(settings["device"])
-    train = read(settings, tokenizer, "train")
+    train = read(tokenizer, "train")
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "gsm8k.lock"):  # the first of several processes makes them
         adapter, mixed = cache / "adapter", cache / "mixed.json"
@@ -76,7 +77,7 @@ def start(settings: dict, cache: Path):
             mixed.write_text(json.dumps(mixed_problems(policy, tokenizer, train, settings)))
     policy.requires_grad_(True)
     kept = [train[index] for index in json.loads(mixed.read_text())]
-    return policy, tokenizer, kept, read(settings, tokenizer, "test")
+    return policy, tokenizer, kept, read(tokenizer, "test")
 
 
 def autocast(device: str):

@@ -66,9 +66,7 @@ DEFAULTS = {
     "start_accuracy": 0.4,
     "device": "cpu",  # "cuda": bf16 autocast over fp32 weights
     "max_completion_length": None,  # the task's
-    # Of `gsm8k`: where its files are, from the root of the clone, and what of its preparation is changed.
-    "data": "real_parts/gsm8k",
-    "prepare": {},
+    "prepare": {},  # what of the preparation of `gsm8k` is changed
 }
 # Of the log, what the report reads.
 KEPT = ("step", "reward", "grad_norm", "entropy", "completions/mean_length")
