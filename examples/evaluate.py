@@ -161,27 +161,29 @@ def read(dataset: str, tokenizer, options) -> dict:
     return {"prompts": prompts, "solutions": problems["solution"], "unreadable": readable.count(False)}
 
 
-def evaluate(model: str, options, served_in: str = "exact") -> list[dict]:
-    """Counts and scores of one model as an engine serves it, for each dataset."""
+def prepare(model: str, options) -> tuple:
+    """The tokenizer of a model, and the datasets as it reads them; an error if one of them cannot be had."""
+    check_name("models", model)
+    if Path(model).is_dir() and not any((Path(model) / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
+        raise ValueError(f"{model} holds neither a model nor a LoRA adapter. Give a folder that does.")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    datasets = {name: read(name, tokenizer, options) for name in options.datasets}
+    return tokenizer, {name: read(name, tokenizer, options) for name in options.datasets}
+
+
+def evaluate(model: str, tokenizer, datasets: dict[str, dict], options, served_in: str = "exact") -> list[dict]:
+    """Counts and scores of one model as an engine serves it, for each dataset."""
     longest = max(len(prompt) for dataset in datasets.values() for prompt in dataset["prompts"])
     generator = {"transformers": transformers_generator, "vllm": vllm_generator}[options.backend]
     generate = generator(model, tokenizer, options, longest + options.max_new_tokens, served_in)
-    results, name_of_model = [], model if served_in == "exact" else f"{model} in {served_in}"
+    results, shown = [], model if served_in == "exact" else f"{model} in {served_in}"
     for name, dataset in datasets.items():
         completions = generate(dataset["prompts"])
         correct = []
         for samples, solution in zip(tqdm(completions, desc="math-verify"), dataset["solutions"], strict=True):
             correct.append(int(sum(math_reward([text for text, _ in samples], [solution] * len(samples)))))
         ended = [ended for samples in completions for _, ended in samples]
-        result = {
-            "model": name_of_model,
-            "dataset": name,
-            "problems": len(correct),
-            "unreadable": dataset["unreadable"],
-        }
+        result = {"model": shown, "dataset": name, "problems": len(correct), "unreadable": dataset["unreadable"]}
         scores = score(correct, options.samples, options.k).items()
         result |= {"metrics": {metric: mean_with_interval(values) for metric, values in scores}}
         result |= {"truncated": 1 - sum(ended) / len(ended), "correct": correct}
@@ -208,13 +210,6 @@ def table(rows: list[dict], sign: str = "") -> str:
         lines.append([row["dataset"], row["model"] + (" - " + row["minus"] if sign else ""), *cells, *rest])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def check_model(model: str) -> None:
-    """Raise an error for a folder that holds no model; one of the hub is looked up by its tokenizer."""
-    check_name("models", model)
-    if Path(model).is_dir() and not any((Path(model) / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
-        raise ValueError(f"{model} holds neither a model nor a LoRA adapter. Give a folder that does.")
 
 
 def write(options, results: list[dict], differences: list[dict]) -> dict:
@@ -276,13 +271,7 @@ def main(arguments: list[str] | None = None) -> dict:
         parser.error("--quantization and --kv_cache_dtype are vLLM's: use --backend vllm, or --served_in.")
 
     try:
-        for model in options.models:
-            check_model(model)
-        for name in options.datasets:
-            check_name("--datasets", name)
-        for tokenizer in map(AutoTokenizer.from_pretrained, options.models):
-            for name in options.datasets:
-                read(name, tokenizer, options)
+        prepared = {model: prepare(model, options) for model in options.models}
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.touch()
@@ -290,9 +279,9 @@ def main(arguments: list[str] | None = None) -> dict:
         parser.error(" ".join(str(error).split()))
 
     by_model = []
-    for model in options.models:
+    for model, (tokenizer, datasets) in prepared.items():
         for served_in in options.served_in:
-            by_model.append(evaluate(model, options, served_in))
+            by_model.append(evaluate(model, tokenizer, datasets, options, served_in))
             write(options, [result for results in by_model for result in results], [])
             gc.collect()  # a vLLM engine gives its memory back before the next one asks for it
     results = [result for dataset in zip(*by_model, strict=True) for result in dataset]

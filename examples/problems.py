@@ -26,7 +26,7 @@ def check_name(option: str, name: str) -> None:
 def read_file(name: str, split: str) -> Dataset:
     """The rows of a local file; a `ValueError` with its line if it cannot be read."""
     kind = Path(name).suffix.removeprefix(".").replace("jsonl", "json")
-    if kind == "json" and name.endswith(".jsonl"):
+    if name.endswith(".jsonl"):
         for number, line in enumerate(Path(name).read_text(encoding="utf-8").splitlines(), 1):
             try:
                 row = json.loads(line or "{}")

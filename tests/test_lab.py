@@ -197,7 +197,7 @@ def weights_after(arm: str, cache: Path, **overrides) -> torch.Tensor:
         def measure(self, step):
             kept.append(torch.cat([p.detach().flatten().clone() for p in self.policy.parameters()]))
 
-        def in_format(self, numerics):
+        def in_format(self, numerics, problems=None):
             return 0.0
 
     original, measure = run.Evaluation, run.flatness
@@ -357,6 +357,7 @@ def test_a_run_logs_every_update_and_evaluates_without_noise(cache):
     result = run.run(TINY | {"overrides": {"alp_monitor_every": 2}}, cache)
     assert [step for step, _ in result["accuracy"]] == [0, 4, 8]
     assert [row["step"] for row in result["log"]] == list(range(1, 9))
+    assert all(0 <= value <= 1 for value in result["on_training_problems"])
     for name in ("grad_norm", "reward", "entropy", "alp/kl/k3", "alp/sequence/ess", "alp/sigma/layer_01"):
         assert sum(name in row for row in result["log"]) >= 2, name
     again = run.run(TINY | {"overrides": {"alp_monitor_every": 2}}, cache)

@@ -23,6 +23,7 @@ The old policy is the trainer's own, scored when the rollouts are made.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from types import SimpleNamespace
 
 import torch
@@ -124,17 +125,19 @@ class CentredTrainer(GRPOTrainer):
             logps = logps - (mean - mean.detach())
         return (logps, *rest)
 
+    @cached_property
+    def _old_policy(self) -> torch.nn.Module:
+        return blank_copy(self.rollout_func.copy)
+
     @torch.no_grad()
     def _weights(self, *tokens) -> torch.Tensor:
         """The engine's probabilities of every token, times the truncated correction if there is one: (B, T, V)."""
         behaviour = self.rollout_func
         weights = distribution(behaviour.copy, *tokens).exp()
         if self.vllm_importance_sampling_correction:
-            old = blank_copy(behaviour.copy)
-            load_as("exact", old, behaviour.weights[-1])
-            weights = torch.minimum(
-                distribution(old, *tokens).exp(), weights * self.args.vllm_importance_sampling_clip_max
-            )
+            load_as("exact", self._old_policy, behaviour.weights[-1])
+            old = distribution(self._old_policy, *tokens).exp()
+            weights = torch.minimum(old, weights * self.args.vllm_importance_sampling_clip_max)
         return weights / weights.sum(-1, keepdim=True)
 
 

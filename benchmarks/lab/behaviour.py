@@ -18,7 +18,7 @@ import torch
 from sampling import sample
 
 from trl_alp import LayerwisePerturbation
-from trl_alp.formats import rounded
+from trl_alp.formats import round_matrices
 
 
 GROUP = 32
@@ -42,16 +42,6 @@ def shake_weights(model: torch.nn.Module, size: float, generator: torch.Generato
                 weight.add_(
                     torch.randn(weight.shape, generator=generator, device=weight.device) * weight.std(), alpha=size
                 )
-
-
-def put_in_format(model: torch.nn.Module, number_format: str) -> None:
-    """Round the linear layers of the decoder layers in place, as `trl_alp.formats` does; in fp8 their inputs too."""
-    for layer in model.model.layers:
-        for module in layer.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.copy_(rounded(module.weight, number_format))
-                if number_format == "fp8":
-                    module.register_forward_pre_hook(lambda _, args: (rounded(args[0], "fp8"), *args[1:]))
 
 
 def parse_numerics(numerics: str) -> list[tuple[str, float]]:
@@ -88,7 +78,8 @@ def load_as(
             for parameter in copy.parameters():  # `copy.bfloat16()` would round the rotary frequencies too, for good
                 parameter.data = parameter.data.bfloat16()
         elif kind in ("fp8", "nvfp4") or size == GROUP:
-            put_in_format(copy, kind)
+            for layer in copy.model.layers:
+                round_matrices(layer, kind)
         elif kind.startswith("int"):
             round_weights(copy, int(kind.removeprefix("int")))
         elif kind == "gauss":

@@ -21,6 +21,11 @@ from sampling import sample
 
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import smollm2  # noqa: E402
+
+
 DATA = ROOT / "real_parts" / "gsm8k"  # `real.sh pack` puts it there
 RANK = 16
 SAMPLES = 8
@@ -60,9 +65,6 @@ def read(tokenizer, split: str) -> list[dict]:
 def start(settings: dict, cache: Path):
     """The model that all runs start from, its tokenizer, the training problems that were kept, and held-out ones."""
     from peft import PeftModel
-
-    sys.path.insert(0, str(ROOT / "examples"))
-    import smollm2
 
     model, tokenizer = smollm2.load()
     model.to(settings["device"])

@@ -7,8 +7,9 @@ One run of the lab, described by one YAML file of what differs from `DEFAULTS` b
 
 Writes, beside the YAML file, `NAME.json`: the settings, the accuracy on held-out problems (one sample at temperature
 1, without noise) every so many updates, of the policy in the precision it is trained in (`accuracy`) and in the
-numerics that sample its rollouts (`served`), that of the final policy in every number format (`formats`), how sharp it
-is (`flatness`), and the log, one row an update. A run that is there already is not repeated.
+numerics that sample its rollouts (`served`), both of the final policy on problems that were trained on
+(`on_training_problems`), its accuracy in every number format (`formats`), how sharp it is (`flatness`), and the log,
+one row an update. A run that is there already is not repeated.
 """
 
 import argparse
@@ -85,16 +86,18 @@ class Evaluation(TrainerCallback):
         self.served: list[tuple[int, float]] = []
 
     def measure(self, step: int) -> None:
-        self.accuracy.append((step, self._of(self.policy)))
-        served = self.accuracy[-1][1] if self.numerics == "exact" else self.in_format(self.numerics)
+        trained, served = self.on(self.problems)
+        self.accuracy.append((step, trained))
         self.served.append((step, served))
 
-    def in_format(self, numerics: str) -> float:
-        load_as(numerics, self.copy, self.policy.state_dict())
-        return self._of(self.copy)
+    def on(self, problems: list[dict]) -> tuple[float, float]:
+        """Accuracy as trained and as served."""
+        trained = self.task.accuracy(self.policy, self.tokenizer, problems, self.settings)
+        return trained, trained if self.numerics == "exact" else self.in_format(self.numerics, problems)
 
-    def _of(self, model: torch.nn.Module) -> float:
-        return self.task.accuracy(model, self.tokenizer, self.problems, self.settings)
+    def in_format(self, numerics: str, problems: list[dict] | None = None) -> float:
+        load_as(numerics, self.copy, self.policy.state_dict())
+        return self.task.accuracy(self.copy, self.tokenizer, problems or self.problems, self.settings)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.measure(0)
@@ -172,6 +175,7 @@ def run(settings: dict, cache: Path) -> dict:
         "settings": settings,
         "accuracy": evaluation.accuracy,
         "served": evaluation.served,
+        "on_training_problems": evaluation.on(train[: settings["eval_problems"]]),
         "formats": {numerics: evaluation.in_format(numerics) for numerics in task.SERVED_IN},
         "flatness": flatness(policy, tokenizer, evaluation.problems[:200], task.longest(settings)),
         "log": log,

@@ -138,11 +138,11 @@ def paired() -> str:
     """What the noise changes, all else equal, seed by seed."""
     lines = []
     for (point, arm, _, rate, sigma), noisy, plain in pairs():
-        measures = (width_off(level_of(arm)), off("fresh/kl/k3"), peak_of("alp/kl/k3"))
+        measures = (width_off(level_of(arm)), off("fresh/kl/k3"))
         # The ratio of `alp_tis` has another denominator than that of `tis`.
         ratios = ["" if arm == "alp_tis" else factor(noisy, plain, measure) for measure in measures]
         line = [f"{point}, {arm}", f"{rate:g}", f"{sigma:g}", str(len(noisy))]
-        lines.append([*line, *(gain(noisy, plain, measure) for measure in (final, sampled)), *ratios[:2]])
+        lines.append([*line, *(gain(noisy, plain, measure) for measure in (final, sampled)), *ratios])
     head = ["point, arm", "rate", "sigma", "seeds", "as trained, minus no noise", "rollouts, minus no noise"]
     return markdown([*head, "P2-P98, noise off", "k3 of fresh rollouts, noise off"], lines)
 
@@ -281,7 +281,7 @@ def arms_formats() -> str:
 
 def arms() -> str:
     """Every arm at 3 bits and one rate, on both yardsticks."""
-    lines = []
+    lines = [["start", "", *(f"{started()[name]:.3f}" for name in ("exact", "int3")), "", "", "", ""]]
     for label, runs in sorted(
         at_three_bits().items(), key=lambda item: -statistics.fmean(map(served, item[1].values()))
     ):

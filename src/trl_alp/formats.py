@@ -132,6 +132,20 @@ def layer_in_format(layer: nn.Module, number_format: str) -> nn.Module:
         layer = layer.bfloat16()
         layer.register_forward_pre_hook(lambda _, args, kwargs: (_cast(args), _cast(kwargs)), with_kwargs=True)
         return layer
+    round_matrices(layer, number_format)
+    return layer
+
+
+def round_matrices(layer: nn.Module, number_format: str) -> None:
+    """
+    Round the matrices of a layer in place, and in `fp8`, by hooks, what enters them.
+
+    Args:
+        layer (`torch.nn.Module`):
+            The layer, whose vectors and LoRA adapters stay.
+        number_format (`str`):
+            One of `FORMATS` but `bf16`, in which whole layers compute.
+    """
     for module in layer.modules():
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() < 2 or "lora_" in name:
@@ -141,7 +155,6 @@ def layer_in_format(layer: nn.Module, number_format: str) -> nn.Module:
             weight.data = values.mT.contiguous() if across else values
         if number_format == "fp8" and isinstance(module, nn.Linear | Conv1D):
             module.register_forward_pre_hook(lambda _, args: (rounded(args[0], "fp8"), *args[1:]))
-    return layer
 
 
 def _cast(value: Any) -> Any:
