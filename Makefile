@@ -70,7 +70,7 @@ lint: $(VENV)/.ready  ## ruff, over everything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-SAY = @echo "Setting up $(@D):" 
+SAY = @echo "Setting up $(@D):"
 # The stamp is written last, so an interrupted set-up is taken up again. torch comes first and alone, since only it is
 # looked for at TORCH_INDEX.
 $(VENV)/.ready: pyproject.toml constraints.txt

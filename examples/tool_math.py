@@ -29,16 +29,9 @@ Void turns, which neither call the tool nor answer: their trajectories get no re
 import logging
 from collections.abc import Callable
 
-from problems import load_problems, math_reward
+from problems import check_name, load_problems, math_reward
 from sandbox import run_python
-from train_alp import (
-    ScriptArguments,
-    check_name,
-    errors_in_one_line,
-    parse_options,
-    problems_to_evaluate_on,
-    train_and_save,
-)
+from train_alp import ScriptArguments, errors_in_one_line, parse_options, problems_to_evaluate_on, train_and_save
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -92,7 +85,8 @@ def tool_math_reward(
     return [None if is_void else reward for is_void, reward in zip(void, rewards, strict=True)]
 
 
-def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args: ModelConfig) -> None:
+def build(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args: ModelConfig) -> ALPGRPOTrainer:
+    """The trainer; a `ValueError` if something that was given cannot be."""
     run_python("1")  # SandboxUnavailable now, rather than from inside the first rollouts
     check_name("model_name_or_path", model_args.model_name_or_path)
     # TRL prints a whole conversation for every batch with a reward of None, which void turns make commonplace;
@@ -121,7 +115,7 @@ def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    trainer = ALPGRPOTrainer(
+    return ALPGRPOTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=tool_math_reward,
         args=training_args,
@@ -133,9 +127,15 @@ def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args:
         peft_config=get_peft_config(model_args),
         callbacks=[ConsoleCallback()],
     )
+
+
+def main(script_args: ScriptArguments, training_args: ALPGRPOConfig, model_args: ModelConfig) -> None:
+    with errors_in_one_line():
+        trainer = build(script_args, training_args, model_args)
     train_and_save(trainer, script_args)
 
 
 if __name__ == "__main__":
     with errors_in_one_line():
-        main(*parse_options((ScriptArguments, ALPGRPOConfig, ModelConfig), __doc__))
+        arguments = parse_options((ScriptArguments, ALPGRPOConfig, ModelConfig), __doc__)
+    main(*arguments)

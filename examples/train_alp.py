@@ -137,14 +137,17 @@ def check_resuming(training_args: GRPOConfig) -> None:
     if asked is None or asked.lower() == "false":
         training_args.resume_from_checkpoint = None
         return
-    folder = training_args.output_dir if asked.lower() == "true" else asked
-    there = Path(folder).is_dir() and (asked.lower() != "true" or get_last_checkpoint(folder) is not None)
-    if not there:
+    latest = asked.lower() == "true"
+    folder = training_args.output_dir if latest else asked
+    checkpoint = None
+    if Path(folder).is_dir():
+        checkpoint = get_last_checkpoint(folder) if latest else folder
+    if checkpoint is None:
         raise ValueError(
             f"resume_from_checkpoint={asked}: {folder} is no folder with a checkpoint. Give a checkpoint's folder, or "
             "leave the option out to start anew."
         )
-    training_args.resume_from_checkpoint = get_last_checkpoint(folder) if asked.lower() == "true" else asked
+    training_args.resume_from_checkpoint = checkpoint
 
 
 def problems_to_evaluate_on(script_args: ScriptArguments, chat: bool) -> Dataset:
@@ -158,7 +161,8 @@ def problems_to_evaluate_on(script_args: ScriptArguments, chat: bool) -> Dataset
     return load_problems(name, script_args.dataset_config, test, None, chat)
 
 
-def main(script_args: ScriptArguments, training_args: GRPOConfig, model_args: ModelConfig) -> None:
+def build(script_args: ScriptArguments, training_args: GRPOConfig, model_args: ModelConfig) -> GRPOTrainer:
+    """The trainer; a `ValueError` if something that was given cannot be."""
     check_name("model_name_or_path", model_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,
@@ -193,7 +197,7 @@ def main(script_args: ScriptArguments, training_args: GRPOConfig, model_args: Mo
         callbacks=[ConsoleCallback()],
     )
     instrument(trainer)  # a stock trainer logs what ALP logs; ALP's own has the instruments already
-    train_and_save(trainer, script_args)
+    return trainer
 
 
 def train_and_save(trainer: GRPOTrainer, script_args: ScriptArguments) -> None:
@@ -213,21 +217,24 @@ def train_and_save(trainer: GRPOTrainer, script_args: ScriptArguments) -> None:
 
 def stopped(trainer: GRPOTrainer) -> None:
     """Save what can be saved, say where, and leave. Several processes may not stop at one place: they only leave."""
-    folder, last = trainer.args.output_dir, get_last_checkpoint(trainer.args.output_dir)
-    alone = trainer.accelerator.num_processes == 1
+    folder, alone = trainer.args.output_dir, trainer.accelerator.num_processes == 1
     if alone:
         trainer.save_model(folder)
-    print(f"Stopped in update {trainer.state.global_step + 1} of {trainer.state.max_steps}.", file=sys.stderr)
-    if alone:
-        print(f"The model as it is: {folder}", file=sys.stderr)
-    again = f"--resume_from_checkpoint {last}" if last else "there is no checkpoint yet; `save_steps` makes some"
-    print(f"To go on: {again}", file=sys.stderr)
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    lines = [f"Stopped in update {trainer.state.global_step + 1} of {trainer.state.max_steps}."]
+    lines += [f"The model as it is: {folder}"] if alone else []
+    lines.append(
+        f"To go on: --resume_from_checkpoint {last}" if last else "No checkpoint yet: `save_steps` makes them."
+    )
+    if trainer.accelerator.is_main_process:
+        print(*lines, sep="\n", file=sys.stderr)
     sys.exit(130)
 
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the script with the message of a `ValueError` that is one line, as those about what the user gave are."""
+    """End the script with the message of a `ValueError` that is one line, as those about what the user gave are; for
+    what comes before training, whose errors keep their tracebacks."""
     try:
         yield
     except ValueError as error:
@@ -236,6 +243,13 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
+def main(script_args: ScriptArguments, training_args: GRPOConfig, model_args: ModelConfig) -> None:
+    with errors_in_one_line():
+        trainer = build(script_args, training_args, model_args)
+    train_and_save(trainer, script_args)
+
+
 if __name__ == "__main__":
     with errors_in_one_line():
-        main(*parse_arguments())
+        arguments = parse_arguments()
+    main(*arguments)

@@ -115,7 +115,7 @@ def test_train_alp_refuses_too_few_prompts_before_it_loads_a_model(tmp_path, lan
     arguments += ["--per_device_train_batch_size", 8]
     script = load("train_alp.py")
     with pytest.raises(ValueError, match=r"^train_dataset has 3 prompts, fewer than the 4 of one batch of rollouts"):
-        script.main(*script.parse_arguments([str(argument) for argument in arguments]))
+        script.build(*script.parse_arguments([str(argument) for argument in arguments]))
 
 
 BROKEN = {
@@ -238,6 +238,18 @@ def test_ctrl_c_saves_the_model_and_says_where(tmp_path, language_model, monkeyp
     said = capsys.readouterr().err.splitlines()[-3:]
     assert said[0] == "Stopped in update 3 of 5." and said[1].endswith(f": {tmp_path / 'out'}")
     assert said[2].endswith("checkpoint-2")
+
+
+def test_an_error_in_training_keeps_its_traceback(tmp_path, language_model, monkeypatch):
+    def broken_reward(completions, **kwargs):
+        raise ValueError("one line")
+
+    script = load("train_alp.py")
+    monkeypatch.setattr(script, "math_reward", broken_reward)
+    arguments = ["--model_name_or_path", language_model, "--dataset_name", GSM8K, "--output_dir", tmp_path / "out"]
+    arguments += ["--use_cpu", "true", "--bf16", "false", "--num_generations", 2, "--per_device_train_batch_size", 2]
+    with pytest.raises(ValueError, match="one line"):
+        script.main(*script.parse_arguments([str(argument) for argument in arguments]))
 
 
 def test_math_reward_works_in_a_thread():
